@@ -1,0 +1,42 @@
+"""Test-wide setup: makes the model zoo importable as ``models`` and seeds every test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+if str(TESTS) not in sys.path:
+    sys.path.insert(0, str(TESTS))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data",
+        default=os.environ.get("GRAPHOPT_DATA"),
+        help="folder with weights/, images/ and text/ (default: the variable GRAPHOPT_DATA)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from the same random state and leaves gradient mode as it was."""
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder with real weights and images; tests that need it skip where there is none."""
+    folder = request.config.getoption("--data")
+    if folder is None:
+        pytest.skip("needs real data: pass --data DIR or set GRAPHOPT_DATA")
+    if not Path(folder).is_dir():
+        pytest.fail(f"--data {folder}: no such folder")
+    return Path(folder)

@@ -1,0 +1,64 @@
+"""Turns a line of a family table into an ``Entry``: class name, input kind, shrunken config."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import transformers
+from torch import nn
+
+from models.entry import Entry, Inputs, perturb, seeded
+from models.huggingface.inputs import Modality
+
+VOCAB = 101
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**TINY, "num_key_value_heads": 2}
+
+
+def entry(
+    family: str, name: str, class_name: str, modality: Modality, config: dict[str, Any]
+) -> Entry:
+    """An entry for ``transformers.CLASS_NAME`` built from its config class with ``config``'s values.
+
+    A value that is itself a dict becomes the sub-config of that name where the class has one.
+    """
+    configured = functools.partial(_configured, class_name, tuple(config.items()))
+    return Entry(
+        name=name,
+        family=family,
+        build=functools.partial(_build, name, class_name, configured),
+        example=lambda batch, seq: modality.example(configured(), batch, seq),
+        dynamic_axes=modality.axes,
+        label=_labeller(modality, configured) if modality.label else None,
+        label_axes=modality.label_axes,
+        seq=modality.seq,
+        unseen_seq=modality.unseen_seq,
+    )
+
+
+def _configured(class_name: str, values: tuple[tuple[str, Any], ...]) -> Any:
+    return getattr(transformers, class_name).config_class(**dict(values))
+
+
+def _build(name: str, class_name: str, configured: Any) -> nn.Module:
+    with seeded("weights", name) as source:
+        model = getattr(transformers, class_name)(configured())
+        return perturb(model, source).eval()
+
+
+def _labeller(modality: Modality, configured: Any) -> Any:
+    def label(inputs: Inputs) -> Inputs:
+        return modality.labelled(configured(), inputs)
+
+    return label
