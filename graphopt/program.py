@@ -1,0 +1,285 @@
+"""The one IR: an FX graph in functional ATen with composites kept, and the signature around it.
+
+Every tensor the model owns is an input of the graph (a *state* placeholder), so a program is a pure
+function from state and user inputs to user outputs and updated buffers::
+
+    (mutated buffers..., user outputs...) = program(state..., user inputs...)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import IllegalRewriteError
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+class InputKind(StrEnum):
+    """What a placeholder stands for."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    USER = "user"
+
+
+class OutputKind(StrEnum):
+    """Where a value of the output node goes."""
+
+    USER = "user"
+    BUFFER_MUTATION = "buffer_mutation"
+    INPUT_MUTATION = "input_mutation"
+
+
+@dataclass(frozen=True)
+class ProgramInput:
+    """One placeholder: its node name, its kind and, for state, the fully qualified name it lives at."""
+
+    name: str
+    kind: InputKind
+    target: str | None = None
+    persistent: bool = True
+
+
+@dataclass(frozen=True)
+class ProgramOutput:
+    """One position of the output node; ``target`` names the buffer or user input that is updated."""
+
+    kind: OutputKind
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """How a call ``f(*args, **kwargs)`` flattens to user inputs, and how outputs are rebuilt.
+
+    Attributes:
+        in_spec: pytree of ``(args, kwargs)`` as captured.
+        out_spec: pytree of the return value.
+        parameter_names: positional names of the captured ``forward``, so that a call may pass by
+            position what was captured by keyword, and the other way round.
+    """
+
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    parameter_names: tuple[str, ...] = ()
+
+
+@dataclass
+class Program:
+    """A graph with its signature and state.
+
+    Attributes:
+        graph_module: the graph.
+        inputs: one entry per placeholder, by node name; the graph holds their order.
+        outputs: one entry per value of the output node.
+        state: fully qualified name -> tensor. Names that share one tensor object are tied.
+        call: flattening of user inputs and outputs; ``None`` for Dynamo programs (already flat).
+        frozen: parameter values are constants and may be folded into others. False where the model
+            trains or parameters may be replaced behind the program's back.
+        training: the model was captured in training mode.
+        example_inputs: flat user inputs of the capture, in placeholder order.
+        name: what reports call this program.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: dict[str, ProgramInput]
+    outputs: list[ProgramOutput]
+    state: dict[str, Tensor] = field(default_factory=dict)
+    call: CallSpec | None = None
+    frozen: bool = True
+    training: bool = False
+    example_inputs: tuple[Any, ...] = ()
+    range_constraints: Mapping[Any, Any] = field(default_factory=dict)
+    name: str = "model"
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def placeholders(self) -> list[fx.Node]:
+        """Placeholder nodes in signature order."""
+        return list(self.graph.find_nodes(op="placeholder"))
+
+    def output_node(self) -> fx.Node:
+        return self.graph.output_node()
+
+    def input_of(self, node: fx.Node) -> ProgramInput | None:
+        """The signature entry of a placeholder; ``None`` for every other node."""
+        return self.inputs.get(node.name) if node.op == "placeholder" else None
+
+    def target_of(self, node: fx.Node) -> str | None:
+        """Fully qualified name of the tensor behind a state placeholder, else ``None``."""
+        entry = self.input_of(node)
+        return entry.target if entry else None
+
+    def state_nodes(self) -> dict[fx.Node, str]:
+        """State placeholders and the fully qualified names their tensors live at."""
+        found = ((n, self.inputs[n.name].target) for n in self.placeholders())
+        return {n: target for n, target in found if target is not None}
+
+    def user_inputs(self) -> list[fx.Node]:
+        return [n for n in self.placeholders() if self.inputs[n.name].kind is InputKind.USER]
+
+    def user_outputs(self) -> list[Any]:
+        """Arguments of the output node that the caller sees, in order (nodes or constants)."""
+        pairs = zip(self.output_node().args[0], self.outputs, strict=True)
+        return [value for value, spec in pairs if spec.kind is OutputKind.USER]
+
+    def mutated_state(self) -> frozenset[str]:
+        """Names of buffers the program writes; their values are never constants."""
+        return frozenset(
+            o.target for o in self.outputs if o.kind is OutputKind.BUFFER_MUTATION and o.target
+        )
+
+    def aliases(self) -> dict[str, str]:
+        """Tied names: every state name mapped to the first name that holds the same tensor."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(t), name) for name, t in self.state.items()}
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether the node is state whose value cannot change between calls."""
+        entry = self.input_of(node)
+        if entry is None or entry.target is None or entry.target in self.mutated_state():
+            return False
+        return self.frozen or entry.kind is InputKind.CONSTANT
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The tensor behind a state placeholder."""
+        entry = self.input_of(node)
+        if entry is None or entry.target is None:
+            raise IllegalRewriteError(f"{node.name} is not state of {self.name}")
+        return self.state[entry.target]
+
+    def add_state(self, name: str, value: Tensor, meta: Any) -> fx.Node:
+        """Add a tensor under ``name`` (made unique) and return its placeholder."""
+        unique, count = name, 1
+        while unique in self.state:
+            unique, count = f"{name}_{count}", count + 1
+        kind = InputKind.PARAMETER if isinstance(value, torch.nn.Parameter) else InputKind.CONSTANT
+        with self.graph.inserting_after():
+            node = self.graph.placeholder("s_" + unique.replace(".", "_"))
+        node.meta["val"] = meta
+        self.state[unique] = value
+        self.inputs[node.name] = ProgramInput(node.name, kind, unique)
+        return node
+
+    def drop_unused_state(self) -> list[str]:
+        """Remove state placeholders without users; returns the names whose tensors are gone.
+
+        A buffer that is only written stays, and so does a tied name whose tensor is still read.
+        """
+        written = self.mutated_state()
+        nodes = self.state_nodes()
+        unused = {n: t for n, t in nodes.items() if not n.users and t not in written}
+        if not unused:
+            return []
+        read = {id(self.state[t]) for n, t in nodes.items() if n not in unused}
+        dead = {id(self.state[t]) for t in unused.values()} - read
+        self._erase(unused)
+        removed = [t for t, value in self.state.items() if id(value) in dead]
+        for target in removed:
+            del self.state[target]
+        return removed
+
+    def drop_state_of(self, nodes: Iterable[fx.Node]) -> None:
+        """Remove those of the given state placeholders that nothing reads, and their tensors."""
+        for node in [n for n in nodes if not n.users]:
+            del self.state[self.inputs[node.name].target or ""]
+            self._erase([node])
+
+    def _erase(self, placeholders: Iterable[fx.Node]) -> None:
+        for node in placeholders:
+            self.graph.erase_node(node)
+            del self.inputs[node.name]
+
+    def recompile(self) -> Program:
+        self.graph_module.recompile()
+        return self
+
+    def copy(self) -> Program:
+        """An independent graph over the same tensors."""
+        twin = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph))
+        return replace(
+            self,
+            graph_module=twin,
+            inputs=dict(self.inputs),
+            outputs=list(self.outputs),
+            state=dict(self.state),
+        )
+
+    def run(
+        self, user_inputs: Sequence[Any], state: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """Execute on flat user inputs; returns every output (mutated buffers first).
+
+        ``state`` stands in for the program's own tensors (a float64 copy, for example).
+        """
+        tensors = self.state if state is None else state
+        given = iter(user_inputs)
+        targets = (self.inputs[n.name].target for n in self.placeholders())
+        flat = [next(given) if t is None else tensors[t] for t in targets]
+        return list(self.graph_module(*flat))
+
+    def flow(self) -> nx.DiGraph:
+        """The graph as a ``networkx.DiGraph``, for questions about regions."""
+        from graphopt.analysis.flow import flow
+
+        return flow(self.graph)
+
+    def lint(self) -> None:
+        """Raise `IllegalRewriteError` where this is not a legal functional program."""
+        self.graph.lint()
+        names = {n.name for n in self.placeholders()}
+        if odd := names ^ self.inputs.keys():
+            raise IllegalRewriteError("placeholders and signature disagree", where=str(sorted(odd)))
+        if len(self.output_node().args[0]) != len(self.outputs):
+            raise IllegalRewriteError("output node and signature disagree")
+        for node in self.graph.nodes:
+            if is_mutating(node):
+                raise IllegalRewriteError(f"{node.target} writes its input", where=node.name)
+
+    def __str__(self) -> str:
+        from graphopt.printer import to_python
+
+        return to_python(self)
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether the node's operator writes one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws from a random generator."""
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
+
+
+def compute_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Nodes that compute: neither placeholders nor the output."""
+    return (n for n in graph.nodes if n.op not in ("placeholder", "output"))
+
+
+def val(node: Any) -> Any:
+    """Fake value of a node (shape, dtype, strides); other arguments are returned as they are."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def operator_name(target: Callable[..., Any] | str) -> str:
+    """``aten.linear`` for ``torch.ops.aten.linear.default``."""
+    if isinstance(target, torch._ops.OpOverload):
+        overload = target._overloadname
+        base = f"{target.namespace}.{target._schema.name.split('::')[1]}"
+        return base if overload == "default" else f"{base}.{overload}"
+    return getattr(target, "__name__", str(target))

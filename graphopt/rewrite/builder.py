@@ -1,0 +1,133 @@
+"""Building replacement nodes that are legal by construction.
+
+Every node gets a fake value (shape, dtype, strides) by running its operator on fake tensors, so an
+ill-typed rewrite fails here and not in the user's program. Operators on constants alone are folded at
+once, in float64, and rounded a single time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphopt.errors import IllegalRewriteError
+from graphopt.program import Program, is_mutating, operator_name, val
+
+aten = torch.ops.aten
+
+
+class Builder:
+    """Inserts nodes before ``anchor`` on behalf of ``rule``; `new_nodes` lists them in order."""
+
+    def __init__(self, program: Program, anchor: fx.Node, rule: str) -> None:
+        self.program, self.anchor, self.rule = program, anchor, rule
+        self.new_nodes: list[fx.Node] = []
+        self.folded: dict[fx.Node, Tensor] = {}
+        self.fake_mode = program_fake_mode(program)
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Emit ``target(*args, **kwargs)``; returns a node, or a number where all inputs are."""
+        nodes = fx_nodes((args, kwargs))
+        if not nodes and not isinstance(target, torch._ops.OpOverload):
+            return target(*args, **kwargs)
+        meta = self._infer(target, args, kwargs)
+        if isinstance(meta, int | float | bool):
+            return meta
+        if self._can_fold(target, nodes, meta):
+            return self._fold(target, args, kwargs, meta)
+        return self._emit(target, args, kwargs, meta)
+
+    def size(self, node: fx.Node, dim: int) -> fx.Node | int:
+        """Extent of a dimension: a number where static, a node where symbolic."""
+        extent = val(node).shape[dim]
+        return extent if isinstance(extent, int) else self(aten.sym_size.int, node, dim)
+
+    def state(self, name: str, value: Tensor) -> fx.Node:
+        """Add a constant tensor under a name derived from ``name``."""
+        meta = self.fake_mode.from_tensor(value.detach(), static_shapes=True)
+        node = self.program.add_state(name, value, meta)
+        node.meta["rewritten_by"] = (self.rule,)
+        return node
+
+    def discard(self) -> None:
+        """Remove everything built so far (a rewrite that turned out illegal)."""
+        for node in reversed(self.new_nodes):
+            self.program.graph.erase_node(node)
+        self.new_nodes.clear()
+        self.program.drop_state_of(self.folded)
+
+    def _emit(self, target: Any, args: Any, kwargs: Any, meta: Any) -> fx.Node:
+        with self.program.graph.inserting_before(self.anchor):
+            node = self.program.graph.call_function(target, args, kwargs)
+        if is_mutating(node):
+            raise IllegalRewriteError(f"{operator_name(target)} writes its input", where=self.rule)
+        node.meta.update({k: v for k, v in self.anchor.meta.items() if k in _INHERITED})
+        node.meta["val"] = meta
+        node.meta["rewritten_by"] = (*self.anchor.meta.get("rewritten_by", ()), self.rule)
+        self.new_nodes.append(node)
+        return node
+
+    def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
+        fakes = fx.node.map_arg((args, kwargs), val)
+        shape_env = self.fake_mode.shape_env
+        guards = len(shape_env.guards) if shape_env is not None else 0
+        try:
+            with self.fake_mode, torch.no_grad():
+                meta = target(*fakes[0], **fakes[1])
+        except Exception as error:
+            name = operator_name(target)
+            raise IllegalRewriteError(f"{name} does not fit here: {error}") from error
+        if shape_env is not None and len(shape_env.guards) > guards:
+            added = shape_env.guards[guards].expr
+            del shape_env.guards[guards:]
+            raise IllegalRewriteError(f"{operator_name(target)} would demand {added} of the inputs")
+        return meta
+
+    def _can_fold(self, target: Any, nodes: list[fx.Node], meta: Any) -> bool:
+        pure = target is not operator.getitem and isinstance(meta, Tensor)
+        return bool(nodes) and pure and all(self.program.is_constant(n) for n in nodes)
+
+    def _fold(self, target: Any, args: Any, kwargs: Any, meta: Tensor) -> fx.Node:
+        wide = fx.node.map_arg((args, kwargs), self._wide)
+        with torch.no_grad():
+            exact = target(*wide[0], **{k: _widen_dtype(v) for k, v in wide[1].items()})
+        first = next(n for n in fx_nodes((args, kwargs)))
+        name = f"{self._base_name(first)}_folded"
+        node = self.state(name, exact.to(meta.dtype).contiguous())
+        self.folded[node] = exact
+        return node
+
+    def _wide(self, node: fx.Node) -> Tensor:
+        tensor = self.folded.get(node)
+        tensor = self.program.tensor(node) if tensor is None else tensor
+        return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+
+    def _base_name(self, node: fx.Node) -> str:
+        return (self.program.target_of(node) or node.name).removesuffix("_folded")
+
+
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def program_fake_mode(program: Program) -> FakeTensorMode:
+    """The fake mode the program was captured under (it knows the symbolic sizes)."""
+    fakes = [v for v in map(val, program.graph.nodes) if isinstance(v, Tensor)]
+    return detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fx_nodes(structure: Any) -> list[fx.Node]:
+    """Nodes inside nested arguments, in order."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(structure, lambda n: found.append(n) or n)
+    return found
+
+
+def _widen_dtype(value: Any) -> Any:
+    floating = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.float64 if floating else value

@@ -1,0 +1,130 @@
+"""Cutting the few nodes of a rewrite out as a function of their own, to measure them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.program import Program, val
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """A piece of a program as a callable.
+
+    Attributes:
+        root: module that holds what ``get_attr`` nodes name.
+        graph: takes the boundary values in the order of ``inputs``; returns a tuple.
+        sources: boundary nodes in the program the piece was cut from.
+        state: tensors behind those boundary nodes that are state, by node name.
+        names: original name -> node of ``graph``, for every computing node.
+    """
+
+    root: fx.GraphModule
+    graph: fx.Graph
+    sources: tuple[fx.Node, ...]
+    state: Mapping[str, Tensor]
+    names: Mapping[str, fx.Node]
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the boundary nodes."""
+        return tuple(n.name for n in self.sources)
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Boundary inputs that are not state."""
+        return tuple(n for n in self.inputs if n not in self.state)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The piece as generated code."""
+        return fx.GraphModule(self.root, self.graph)
+
+    @cached_property
+    def wide(self) -> Subgraph:
+        """The same computation with every floating dtype argument widened to float64."""
+        return replace(self, graph=widen(self.graph))
+
+    @cached_property
+    def structure(self) -> str:
+        """Hash of operators, literals, shapes and dtypes: equal pieces take equal time."""
+        index = {n: f"%{i}" for i, n in enumerate(self.graph.nodes)}
+        lines = []
+        for node in self.graph.nodes:
+            args = fx.node.map_arg((node.args, node.kwargs), index.__getitem__)
+            target = "" if node.op == "placeholder" else node.target
+            lines.append(f"{node.op} {target} {args} {_kind(node)}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def extract(
+    program: Program, outputs: list[Any], within: set[fx.Node], like: Subgraph | None = None
+) -> Subgraph:
+    """Cut out what ``outputs`` need of the nodes in ``within``; everything else becomes an input.
+
+    Args:
+        like: a piece whose boundary inputs come first, in its order.
+    """
+    needed, boundary = _closure(outputs, within)
+    order = tuple(dict.fromkeys((*(like.sources if like else ()), *boundary)))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = val(node)
+    for node in needed:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(fx.node.map_arg(list(outputs), copies.__getitem__)))
+    state = {n.name: program.tensor(n) for n in order if program.target_of(n) is not None}
+    names = {n.name: copies[n] for n in needed}
+    return Subgraph(program.graph_module, graph, order, state, names)
+
+
+def _closure(outputs: list[Any], within: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Nodes of ``within`` that the outputs need, in topological order, and their boundary."""
+    done: dict[fx.Node, None] = {}
+    boundary: dict[fx.Node, None] = {}
+    stack = [(n, False) for n in reversed(outputs) if isinstance(n, fx.Node)]
+    while stack:
+        node, children_done = stack.pop()
+        if node not in within:
+            boundary.setdefault(node)
+        elif children_done:
+            done.setdefault(node)
+        elif node not in done:
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.all_input_nodes))
+    return list(done), list(boundary)
+
+
+def widen(source: fx.Graph) -> fx.Graph:
+    """A copy whose floating dtype arguments are all float64: the reference a rewrite is held to."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].args = _widened(copies[node].args)
+        copies[node].kwargs = _widened(copies[node].kwargs)
+    return graph
+
+
+def _widened(structure: Any) -> Any:
+    if isinstance(structure, torch.dtype):
+        return torch.float64 if structure.is_floating_point else structure
+    if isinstance(structure, dict):
+        return {k: _widened(v) for k, v in structure.items()}
+    if isinstance(structure, list | tuple):
+        return type(structure)(_widened(v) for v in structure)
+    return structure
+
+
+def _kind(node: fx.Node) -> str:
+    value = val(node)
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)

@@ -1,0 +1,79 @@
+"""Fresh inputs for verification: other values, and sizes that were not seen at capture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from graphopt.program import Program, val
+
+SEED = 7041
+
+
+def symbols_of(program: Program) -> dict[sympy.Symbol, int]:
+    """Symbols in the shapes of user inputs, and the sizes they had at capture."""
+    found: dict[sympy.Symbol, int] = {}
+    pairs = zip(program.user_inputs(), program.example_inputs, strict=True)
+    for node, example in pairs:
+        if not isinstance(example, Tensor):
+            continue
+        for extent, size in zip(val(node).shape, example.shape, strict=True):
+            expression = getattr(getattr(extent, "node", None), "expr", None)
+            if isinstance(expression, sympy.Symbol):
+                found.setdefault(expression, int(size))
+    return found
+
+
+def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = None) -> list[Any]:
+    """Random flat user inputs like the captured ones.
+
+    Floating values follow the example's mean and deviation; integers and booleans are drawn from the
+    example's own values, so indices stay valid and masks stay masks.
+
+    Args:
+        sizes: symbol -> size; symbols left out keep the captured size.
+    """
+    generator = torch.Generator().manual_seed(SEED + sum((sizes or {}).values()))
+    known = {**symbols_of(program), **(sizes or {})}
+    pairs = zip(program.user_inputs(), program.example_inputs, strict=True)
+    return [_fresh(val(node), example, known, generator) for node, example in pairs]
+
+
+def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.Generator) -> Any:
+    if not isinstance(example, Tensor):
+        return example
+    shape = [_extent(extent, sizes) for extent in fake.shape]
+    if example.numel() == 0:
+        return example.new_zeros(shape)
+    if example.is_floating_point():
+        plain = example.detach().double()
+        spread = float(plain.std()) if plain.numel() > 1 else 0.0
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
+        return (drawn + float(plain.mean())).to(example.device, example.dtype)
+    index = torch.randint(example.numel(), shape, generator=generator)
+    return example.detach().flatten()[index.to(example.device)]
+
+
+def _extent(extent: Any, sizes: Mapping[Any, int]) -> int:
+    expression = getattr(getattr(extent, "node", None), "expr", None)
+    return int(expression.subs(sizes)) if expression is not None else int(extent)
+
+
+def unseen_sizes(program: Program) -> dict[sympy.Symbol, int]:
+    """One size per symbol that differs from the captured one and respects the declared range."""
+    chosen = {}
+    for symbol, size in symbols_of(program).items():
+        allowed = program.range_constraints.get(symbol)
+        for candidate in (size + 3, size + 1, size - 1):
+            if candidate >= 2 and (allowed is None or _within(candidate, allowed)):
+                chosen[symbol] = candidate
+                break
+    return chosen
+
+
+def _within(size: int, allowed: Any) -> bool:
+    return bool(allowed.lower <= size <= allowed.upper)

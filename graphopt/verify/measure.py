@@ -1,0 +1,135 @@
+"""The criterion a rewrite is held to: its error against float64, relative to the original's error.
+
+The multiples (2x for float32, 3x for half precision, more for a handful of elements, where the
+original may be right by luck) follow ``torch._dynamo.utils.same``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.rewrite.rule import Numeric
+
+SMALL = 16
+"""Below this many elements the original's error is a matter of luck."""
+
+FLOOR = 4.0
+"""Units of rounding (eps times the reference's RMS) that are always allowed."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Errors of one value: ``rms`` and ``max`` relative to the RMS of the reference.
+
+    ``bound`` is what ``rms`` had to stay under; ``original`` the original's own error.
+    """
+
+    rms: float
+    max: float
+    original: float
+    bound: float
+    ok: bool
+    note: str = ""
+
+
+EXACT = Measure(0.0, 0.0, 0.0, 0.0, True)
+
+
+def compare(
+    old: Any, new: Any, reference: Any, numeric: Numeric, tolerance: float = 0.0
+) -> Measure:
+    """Judge ``new`` against ``old`` with the float64 ``reference``.
+
+    Args:
+        tolerance: for lossy rules, the largest relative RMS error against the reference.
+    """
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        same = type(old) is type(new) and bool(old == new)
+        return EXACT if same else _failure(f"{old!r} became {new!r}")
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return _failure(f"{_kind(old)} became {_kind(new)}")
+    if equal_bits(old, new):
+        return EXACT
+    if numeric is Numeric.BITWISE:
+        return _failure("bits differ", _relative(new, old.double()))
+    if not old.is_floating_point():
+        return _failure("integer or boolean values differ")
+    if not torch.equal(old.isfinite(), new.isfinite()):
+        return _failure("infinities or NaN in other places")
+    return _judge(old, new, reference, numeric, tolerance)
+
+
+def _judge(
+    old: Tensor, new: Tensor, reference: Tensor, numeric: Numeric, tolerance: float
+) -> Measure:
+    exact = reference.to(torch.float64)
+    was, now = _errors(old, exact), _errors(new, exact)
+    eps = torch.finfo(old.dtype).eps
+    small = old.numel() <= SMALL
+    multiple = _multiple(old.dtype) * (4.0 if small else 1.0)
+    floor = FLOOR * eps * (4.0 if small else 1.0)
+    bound = tolerance if numeric is Numeric.LOSSY else multiple * was[0] + floor
+    peak = math.inf if numeric is Numeric.LOSSY else 2 * multiple * was[1] + 4 * floor * now[2]
+    ok = now[0] <= bound and now[1] <= peak
+    return Measure(now[0], now[1], was[0], bound, ok, "" if ok else "error above the bound")
+
+
+def _multiple(dtype: torch.dtype) -> float:
+    return 3.0 if dtype in (torch.float16, torch.bfloat16) else 2.0
+
+
+def _errors(value: Tensor, exact: Tensor) -> tuple[float, float, float]:
+    """Relative RMS error, relative largest error, and the crest factor of the reference."""
+    finite = exact.isfinite() & value.isfinite()
+    wanted = torch.where(finite, exact, 0.0)
+    error = torch.where(finite, value.to(torch.float64) - exact, 0.0)
+    scale = float(wanted.square().mean().sqrt()) if wanted.numel() else 0.0
+    if scale == 0.0:
+        scale = 1.0
+    rms = float(error.square().mean().sqrt()) if error.numel() else 0.0
+    peak = float(error.abs().max()) if error.numel() else 0.0
+    crest = float(wanted.abs().max()) if wanted.numel() else 0.0
+    return rms / scale, peak / scale, max(crest / scale, 1.0)
+
+
+def _relative(new: Tensor, reference: Tensor) -> float:
+    return _errors(new, reference)[0] if new.is_floating_point() else math.inf
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaN included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b) and not (a.is_floating_point() and bool((a == 0).any())):
+        return True
+    if a.dtype.is_complex:
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size())
+    if ints is None:
+        return torch.equal(a, b)
+    same_nan = torch.equal(a.isnan(), b.isnan())
+    return same_nan and torch.equal(
+        a.nan_to_num(0.0).contiguous().view(ints), b.nan_to_num(0.0).contiguous().view(ints)
+    )
+
+
+def worst(measures: list[Measure]) -> Measure:
+    """The measure to report for several values: a failure if any, else the largest error."""
+    if not measures:
+        return EXACT
+    return max(measures, key=lambda m: (not m.ok, m.rms / m.bound if m.bound else m.rms))
+
+
+def _failure(note: str, error: float = math.inf) -> Measure:
+    return Measure(error, error, 0.0, 0.0, False, note)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype}{tuple(tensor.shape)}"

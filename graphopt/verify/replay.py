@@ -1,0 +1,249 @@
+"""Replaying a pass on real values: each rewrite is measured where it happened.
+
+The program as it was before the pass runs once per set of inputs. As soon as the boundary values of a
+rewrite exist, both versions of the piece run on them (and a float64 version of the original), outputs
+and vector-Jacobian products are compared, and the values of new nodes join the environment, because a
+later rewrite of the same pass may start from them. Values are freed after their last use, so memory
+stays near that of one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.program import Program
+from graphopt.rewrite.driver import Log, Rewrite
+from graphopt.rewrite.rule import Numeric
+from graphopt.rewrite.subgraph import Subgraph
+from graphopt.verify.measure import Measure, compare, worst
+
+SEED = 20240
+
+_RANDOM_P = {
+    torch.ops.aten.dropout.default: 1,
+    torch.ops.aten.native_dropout.default: 1,
+    torch.ops.aten.feature_dropout.default: 1,
+    torch.ops.aten.scaled_dot_product_attention.default: 4,
+}
+
+
+@dataclass
+class Verdict:
+    """What replaying showed for one rewrite: errors of outputs and of gradients, and its speed.
+
+    ``seconds`` holds the times of the original and the new piece, where they were measured.
+    """
+
+    rewrite: Rewrite
+    outputs: Measure
+    gradients: Measure | None = None
+    runs: int = 0
+    seconds: tuple[float, float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.outputs.ok and (self.gradients is None or self.gradients.ok)
+
+    def merge(self, other: Verdict) -> Verdict:
+        """Both verdicts as one: the worse errors, all runs."""
+        found = [g for g in (self.gradients, other.gradients) if g is not None]
+        return Verdict(
+            self.rewrite,
+            worst([self.outputs, other.outputs]),
+            worst(found) if found else None,
+            self.runs + other.runs,
+            self.seconds or other.seconds,
+            list(dict.fromkeys(self.notes + other.notes)),
+        )
+
+
+class Replay(fx.Interpreter):
+    """Runs ``before`` on user inputs and judges every rewrite of ``log`` on the way."""
+
+    def __init__(self, before: Program, log: Log, stopwatch: Any = None) -> None:
+        graph = _without_randomness(before.graph)
+        super().__init__(fx.GraphModule(before.graph_module, graph), garbage_collect_values=False)
+        self.program, self.stopwatch = before, stopwatch
+        self.values: dict[str, Any] = {}
+        self.verdicts: list[Verdict] = []
+        self.waiting: dict[str, list[int]] = defaultdict(list)
+        self.rewrites = log.rewrites
+        self.missing = [0] * len(self.rewrites)
+        self.uses: Counter[str] = Counter()
+        self._plan(graph)
+
+    def _plan(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            self.uses.update(a.name for a in node.all_input_nodes)
+        for index, rewrite in enumerate(self.rewrites):
+            names = set(rewrite.before.activations) | set(rewrite.after.activations)
+            self.missing[index] = len(names)
+            self.uses.update(names)
+            for name in names:
+                self.waiting[name].append(index)
+
+    def judge(self, user_inputs: Sequence[Any]) -> list[Verdict]:
+        """Run once; one verdict per rewrite, in the order in which their inputs became known."""
+        for index, count in enumerate(self.missing):
+            if count == 0:
+                self._process(index)
+        given = iter(user_inputs)
+        targets = [self.program.inputs[n.name].target for n in self.program.placeholders()]
+        flat = [next(given) if t is None else self.program.state[t] for t in targets]
+        with torch.no_grad():
+            self.run(*flat, enable_io_processing=False)
+        return self.verdicts
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            self._know(n.name, value)
+        for used in n.all_input_nodes:
+            self._release(used.name, used)
+        return value
+
+    def _know(self, name: str, value: Any) -> None:
+        self.values[name] = value
+        for index in self.waiting.pop(name, ()):
+            self.missing[index] -= 1
+            if self.missing[index] == 0:
+                self._process(index)
+
+    def _release(self, name: str, node: fx.Node | None = None) -> None:
+        self.uses[name] -= 1
+        if self.uses[name] <= 0:
+            self.values.pop(name, None)
+            if node is not None:
+                self.env.pop(node, None)
+
+    def _process(self, index: int) -> None:
+        rewrite = self.rewrites[index]
+        before = [self._value(rewrite.before, n) for n in rewrite.before.inputs]
+        after = [self._value(rewrite.after, n) for n in rewrite.after.inputs]
+        verdict, made = judge(rewrite, before, after, live=not self.program.frozen)
+        if self.stopwatch is not None and verdict.ok:
+            verdict.seconds = self.stopwatch(rewrite, before, after)
+        self.verdicts.append(verdict)
+        for name, value in made.items():
+            if self.uses[name] > 0:
+                self._know(name, value)
+        for name in set(rewrite.before.activations) | set(rewrite.after.activations):
+            self._release(name)
+
+    def _value(self, piece: Subgraph, name: str) -> Any:
+        return piece.state[name] if name in piece.state else self.values[name]
+
+
+def judge(
+    rewrite: Rewrite, before: Sequence[Any], after: Sequence[Any], *, live: bool
+) -> tuple[Verdict, dict[str, Any]]:
+    """Measure one rewrite on boundary values; also returns the values of its new nodes."""
+    numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
+    old, _ = _evaluate(rewrite.before, before)
+    new, made = _evaluate(rewrite.after, after)
+    wide = [_double(v) for v in before]
+    exact = old if numeric is Numeric.BITWISE else _evaluate(rewrite.before.wide, wide)[0]
+    rows = [compare(o, n, e, numeric, tolerance) for o, n, e in zip(old, new, exact, strict=True)]
+    verdict = Verdict(rewrite, worst(rows), runs=1)
+    _judge_gradients(verdict, before, after, live=live)
+    return verdict, made
+
+
+def _judge_gradients(
+    verdict: Verdict, before: Sequence[Any], after: Sequence[Any], *, live: bool
+) -> None:
+    """Compare vector-Jacobian products for one random cotangent, in float64 too."""
+    rewrite = verdict.rewrite
+    names = [n for n in rewrite.before.inputs if live or n not in rewrite.before.state]
+    shared = [n for n in names if n in rewrite.after.inputs]
+    old = _gradients(rewrite.before, before, shared)
+    if old is None:
+        return
+    new = _gradients(rewrite.after, after, shared)
+    if new is None:
+        verdict.notes.append("the new piece has no gradient")
+        verdict.gradients = Measure(1.0, 1.0, 0.0, 0.0, False, "gradient lost")
+        return
+    wide = _gradients(rewrite.before.wide, [_double(v) for v in before], shared) or old
+    numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
+    if numeric is Numeric.BITWISE:
+        numeric = Numeric.REASSOCIATED  # sums over users of a shared value may be reordered
+    rows = [compare(o, n, e, numeric, tolerance) for o, n, e in zip(old, new, wide, strict=True)]
+    verdict.gradients = worst(rows)
+
+
+def _gradients(piece: Subgraph, values: Sequence[Any], names: list[str]) -> list[Tensor] | None:
+    """Gradients of ``sum(output * cotangent)`` with respect to the named floating inputs."""
+    with torch.enable_grad():
+        leaves = [_leaf(v) for v in values]
+        results = [r for r in _evaluate(piece, leaves)[0] if _differentiable(r)]
+        chosen = [leaves[piece.inputs.index(n)] for n in names]
+        wanted = [t for t in chosen if isinstance(t, Tensor) and t.requires_grad]
+        if not results or not wanted:
+            return None
+        found = torch.autograd.grad(results, wanted, _cotangents(results), allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]
+
+
+def _cotangents(results: Iterable[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    made = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+    return [m.to(r.device, r.dtype) for m, r in zip(made, results, strict=True)]
+
+
+def _evaluate(piece: Subgraph, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run a piece with dropout off; returns its outputs and every inner value by program name."""
+    runner = _Recorder(fx.GraphModule(piece.root, _without_randomness(piece.graph)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        results = runner.run(*values, enable_io_processing=False)
+    return tuple(results), {n: runner.seen.get(inner.name) for n, inner in piece.names.items()}
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.seen[n.name] = super().run_node(n)
+        return self.seen[n.name]
+
+
+def _without_randomness(graph: fx.Graph) -> fx.Graph:
+    """The graph itself, or a copy in which every dropout probability is zero."""
+    if not any(n.target in _RANDOM_P for n in graph.nodes):
+        return graph
+    twin = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copies[node] = twin.node_copy(node, copies.__getitem__)
+        position = _RANDOM_P.get(node.target)
+        if position is not None and len(node.args) > position:
+            args = list(copies[node].args)
+            args[position] = 0.0
+            copies[node].args = tuple(args)
+    return twin
+
+
+def _double(value: Any) -> Any:
+    wide = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().double() if wide else value
+
+
+def _leaf(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    plain = value.detach()
+    return plain.requires_grad_() if plain.is_floating_point() else plain
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
