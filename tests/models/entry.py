@@ -81,23 +81,50 @@ def seeded(*key: object) -> Iterator[torch.Generator]:
 
 @torch.no_grad()
 def perturb(model: nn.Module, source: torch.Generator) -> nn.Module:
-    """Move every parameter and running statistic off its initial value, in place.
+    """Move every parameter off its initial value, in place.
 
     A norm whose scale is 1 and bias 0, or an attention whose logits are all near 0, hides a wrong
-    rewrite. Vectors get noise of scale 0.1, matrices of ``fan_in ** -0.5``.
+    rewrite. Vectors get noise of scale 0.1, matrices and kernels of about ``fan_in ** -0.5``.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=source, dtype=torch.float32)
             parameter.add_(noise.to(parameter.dtype) * _noise_scale(parameter))
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            module.running_mean.normal_(0.0, 0.2, generator=source)
-            module.running_var.uniform_(0.5, 1.5, generator=source)
     return model
 
 
 def _noise_scale(parameter: torch.Tensor) -> float:
     if parameter.ndim < 2 or parameter.numel() == 0:
         return 0.1
-    return 0.5 * (parameter.numel() / parameter.shape[0]) ** -0.5
+    gain = 0.5 if parameter.ndim == 2 else 1.0
+    return gain * (parameter.numel() / parameter.shape[0]) ** -0.5
+
+
+@torch.no_grad()
+def settle(model: nn.Module, inputs: Inputs, source: torch.Generator) -> nn.Module:
+    """Give BatchNorms the statistics of ``inputs``, off by a tenth; return ``model`` in eval mode.
+
+    Statistics of 0 and 1 hide wrong folds, and unrelated ones let deep networks vanish or explode.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return model.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(**inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        mean, var = norm.running_mean, norm.running_var
+        mean.add_(0.1 * torch.randn(mean.shape, generator=source))
+        var.mul_(1 + 0.1 * torch.randn(var.shape, generator=source))
+    return model.eval()
+
+
+def images(batch: int, side: int, source: torch.Generator) -> torch.Tensor:
+    """``(batch, 3, side, side)`` noise around a mean of its own per image and channel.
+
+    Averaging plain noise over an image leaves next to nothing for a classifier to see.
+    """
+    offset = torch.randn(batch, 3, 1, 1, generator=source)
+    return offset + torch.randn(batch, 3, side, side, generator=source)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models.entry import Axes, Inputs, generator
+from models.entry import Axes, Inputs, generator, images
 
 TOKENS = {0: "batch", 1: "seq"}
 BATCH = {0: "batch"}
@@ -106,7 +106,7 @@ def span_labels(config: Any, inputs: Inputs, source: torch.Generator) -> Inputs:
 
 def image(config: Any, batch: int, side: int, source: torch.Generator) -> Inputs:
     """``pixel_values`` of ``(batch, 3, side, side)``, roughly normalised."""
-    return {"pixel_values": torch.randn(batch, 3, side, side, generator=source)}
+    return {"pixel_values": images(batch, side, source)}
 
 
 def waveform(config: Any, batch: int, samples: int, source: torch.Generator) -> Inputs:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import transformers
 from torch import nn
 
-from models.entry import Entry, Inputs, perturb, seeded
+from models.entry import Entry, Inputs, perturb, seeded, settle
 from models.huggingface.inputs import Modality
 
 VOCAB = 101
@@ -29,36 +28,33 @@ GROUPED = {**TINY, "num_key_value_heads": 2}
 def entry(
     family: str, name: str, class_name: str, modality: Modality, config: dict[str, Any]
 ) -> Entry:
-    """An entry for ``transformers.CLASS_NAME`` built from its config class with ``config``'s values.
+    """An entry for ``transformers.CLASS_NAME``, its config class filled with ``config``'s values.
 
     A value that is itself a dict becomes the sub-config of that name where the class has one.
     """
-    configured = functools.partial(_configured, class_name, tuple(config.items()))
+
+    def configured() -> Any:
+        return getattr(transformers, class_name).config_class(**config)
+
+    def build() -> nn.Module:
+        with seeded("weights", name) as source:
+            model = perturb(getattr(transformers, class_name)(configured()), source)
+            return settle(model, example(8, modality.seq), source)
+
+    def example(batch: int, seq: int) -> Inputs:
+        return modality.example(configured(), batch, seq)
+
+    def label(inputs: Inputs) -> Inputs:
+        return modality.labelled(configured(), inputs)
+
     return Entry(
         name=name,
         family=family,
-        build=functools.partial(_build, name, class_name, configured),
-        example=lambda batch, seq: modality.example(configured(), batch, seq),
+        build=build,
+        example=example,
         dynamic_axes=modality.axes,
-        label=_labeller(modality, configured) if modality.label else None,
+        label=label if modality.label else None,
         label_axes=modality.label_axes,
         seq=modality.seq,
         unseen_seq=modality.unseen_seq,
     )
-
-
-def _configured(class_name: str, values: tuple[tuple[str, Any], ...]) -> Any:
-    return getattr(transformers, class_name).config_class(**dict(values))
-
-
-def _build(name: str, class_name: str, configured: Any) -> nn.Module:
-    with seeded("weights", name) as source:
-        model = getattr(transformers, class_name)(configured())
-        return perturb(model, source).eval()
-
-
-def _labeller(modality: Modality, configured: Any) -> Any:
-    def label(inputs: Inputs) -> Inputs:
-        return modality.labelled(configured(), inputs)
-
-    return label
