@@ -48,6 +48,16 @@ class Builder:
         extent = val(node).shape[dim]
         return extent if isinstance(extent, int) else self(aten.sym_size.int, node, dim)
 
+    def item(self, node: fx.Node, index: int) -> Any:
+        """Element of an operator with several outputs."""
+        return self(operator.getitem, node, index)
+
+    def zeros(self, like: fx.Node, dim: int) -> Any:
+        """A vector of zeros as long as one dimension of ``like``, in its dtype and device."""
+        fake = val(like)
+        zeros = torch.zeros(fake.shape[dim], dtype=fake.dtype, device=fake.device)
+        return self.state(f"{self._base_name(like)}_zeros", zeros)
+
     def state(self, name: str, value: Tensor) -> fx.Node:
         """Add a constant tensor under a name derived from ``name``."""
         meta = self.fake_mode.from_tensor(value.detach(), static_shapes=True)
@@ -75,19 +85,7 @@ class Builder:
 
     def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
         fakes = fx.node.map_arg((args, kwargs), val)
-        shape_env = self.fake_mode.shape_env
-        guards = len(shape_env.guards) if shape_env is not None else 0
-        try:
-            with self.fake_mode, torch.no_grad():
-                meta = target(*fakes[0], **fakes[1])
-        except Exception as error:
-            name = operator_name(target)
-            raise IllegalRewriteError(f"{name} does not fit here: {error}") from error
-        if shape_env is not None and len(shape_env.guards) > guards:
-            added = shape_env.guards[guards].expr
-            del shape_env.guards[guards:]
-            raise IllegalRewriteError(f"{operator_name(target)} would demand {added} of the inputs")
-        return meta
+        return infer(self.fake_mode, target, fakes[0], fakes[1])
 
     def _can_fold(self, target: Any, nodes: list[fx.Node], meta: Any) -> bool:
         pure = target is not operator.getitem and isinstance(meta, Tensor)
@@ -110,6 +108,27 @@ class Builder:
 
     def _base_name(self, node: fx.Node) -> str:
         return (self.program.target_of(node) or node.name).removesuffix("_folded")
+
+
+def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator on fake values; no new demand on symbolic sizes may arise.
+
+    Raises:
+        IllegalRewriteError: the operator does not take these arguments, or holds only for some sizes.
+    """
+    shape_env = mode.shape_env
+    guards = len(shape_env.guards) if shape_env is not None else 0
+    try:
+        with mode, torch.no_grad():
+            meta = target(*args, **kwargs)
+    except Exception as error:
+        name = operator_name(target)
+        raise IllegalRewriteError(f"{name} does not fit here: {error}") from error
+    if shape_env is not None and len(shape_env.guards) > guards:
+        added = shape_env.guards[guards].expr
+        del shape_env.guards[guards:]
+        raise IllegalRewriteError(f"{operator_name(target)} would demand {added} of the inputs")
+    return meta
 
 
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")

@@ -21,6 +21,7 @@ from graphopt.program import Program, operator_name, val
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Refusal
 from graphopt.rewrite.rule import Missed, Rule
+from graphopt.rewrite.stride import restride
 from graphopt.rewrite.subgraph import Subgraph, extract
 from graphopt.source import source_line
 
@@ -163,6 +164,7 @@ def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | No
         made = rule.rewrite(match, build)
         values = made if isinstance(made, tuple) else (made,)
         _check_replacement(match, values)
+        updates = restride(dict(zip(match.roots, values, strict=True)), build)
     except IllegalRewriteError as error:
         build.discard()
         return Refusal(f"cannot be built legally: {error.what}")
@@ -170,6 +172,8 @@ def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | No
     after = extract(program, list(values), inside, like=before)
     for root, value in zip(match.roots, values, strict=True):
         root.replace_all_uses_with(value, propagate_meta=False)
+    for node, fake in updates.items():
+        node.meta["val"] = fake
     log.rewrites.append(
         Rewrite(
             rule,

@@ -15,6 +15,7 @@ from graphopt.rewrite.pattern import anchors, pattern_size
 
 if TYPE_CHECKING:
     from graphopt.rewrite.builder import Builder
+    from graphopt.rewrite.passes import Pass
 
 
 class Numeric(StrEnum):
@@ -103,6 +104,10 @@ class Rule:
     def rewrite(self, match: Match, build: Builder) -> fx.Node | tuple[fx.Node, ...]:
         """Build the replacement; returns one node per root."""
         raise NotImplementedError(f"{self.name} has no rewrite")
+
+    def prepare(self) -> Iterable[Pass]:
+        """Passes that must run before this rule's examples (such as canonicalization)."""
+        return ()
 
     def examples(self) -> Iterable[Example]:
         """Models on which the rule applies."""

@@ -1,0 +1,1 @@
+"""Verification: rewrites replayed on real values, whole programs against float64."""

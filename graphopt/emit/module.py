@@ -1,0 +1,137 @@
+"""A program as an ordinary ``nn.Module``: original parameter names, original call signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.emit.guards import CallBinder, InputGuard
+from graphopt.program import InputKind, OutputKind, Program
+from graphopt.report.model import Report
+
+
+class OptimizedModule(nn.Module):
+    """The emitted module. State stands in the original hierarchy, so ``state_dict`` keys are those of
+    the original wherever a tensor was not rewritten; a tensor that was folded has a name of its own,
+    so that loading an original checkpoint into a folded model fails instead of undoing the fold.
+
+    Attributes:
+        program: the rewritten program.
+        report: what was applied, missed and proved.
+    """
+
+    program: Program
+    report: Report
+
+    def __init__(self, program: Program, report: Report) -> None:
+        super().__init__()
+        object.__setattr__(self, "program", program)
+        object.__setattr__(self, "report", report)
+        self._register_state(program)
+        self.training = program.training
+        self._graph = _Graph(program)
+        self._binder = CallBinder(program)
+        self._guard = InputGuard(program)
+
+    def _register_state(self, program: Program) -> None:
+        kinds = {e.target: e for e in program.inputs.values() if e.target is not None}
+        self._paths: dict[str, tuple[str, str]] = {}
+        for name, tensor in program.state.items():
+            entry = kinds.get(name)
+            holder, leaf = _holder(self, name)
+            if isinstance(tensor, nn.Parameter):
+                holder.register_parameter(leaf, tensor)
+            else:
+                kept = entry is None or (entry.kind is not InputKind.CONSTANT and entry.persistent)
+                made = name.endswith("_folded")
+                holder.register_buffer(leaf, tensor, persistent=kept or made)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call as the captured module was called."""
+        flat = self._binder(args, kwargs)
+        self._guard(flat)
+        results = self._graph(*self._arguments(flat))
+        return self._finish(results, flat)
+
+    def _arguments(self, flat: list[Any]) -> list[Any]:
+        given = iter(flat)
+        return [next(given) if t is None else _get(self, t) for t in self._graph.targets]
+
+    def _finish(self, results: tuple[Any, ...], flat: list[Any]) -> Any:
+        """Write updated buffers back as copies, after the graph has run, then rebuild the outputs."""
+        outputs = []
+        for value, (kind, target) in zip(results, self._graph.outputs, strict=True):
+            if kind is OutputKind.USER:
+                outputs.append(value)
+            elif kind is OutputKind.BUFFER_MUTATION:
+                _write_buffer(self, target, value)
+            else:
+                with torch.no_grad():
+                    flat[target].copy_(value)
+        call = self.program.call
+        return outputs if call is None else pytree.tree_unflatten(outputs, call.out_spec)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Stay in the captured mode; a program cannot change between training and evaluation."""
+        from graphopt.errors import GraphoptError
+
+        if mode != self.program.training:
+            wanted, captured = ("training", "eval") if mode else ("eval", "training")
+            raise GraphoptError(
+                f"this module was captured in {captured} mode and cannot switch to {wanted} mode",
+                fix=f"call .{'train' if mode else 'eval'}() on the original, then compile it again",
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        kept = len(self.report.applied)
+        return f"{self.program.name}: {kept} rewrites, verified={self.report.verified}"
+
+
+class _Graph(nn.Module):
+    """The generated code, with where each placeholder's value comes from and each output goes."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        nodes = program.placeholders()
+        self.targets = [program.inputs[n.name].target for n in nodes]
+        names = [n.name for n in nodes if program.inputs[n.name].target is None]
+        self.outputs = [
+            (o.kind, names.index(o.target) if o.kind is OutputKind.INPUT_MUTATION else o.target)
+            for o in program.outputs
+        ]
+        self.code = fx.GraphModule(program.graph_module, program.graph)
+
+    def forward(self, *flat: Any) -> Any:
+        return self.code(*flat)
+
+
+def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds ``name`` (created on the way) and the attribute's own name."""
+    *path, leaf = name.split(".")
+    for part in path:
+        child = root._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            root.add_module(part, child)
+        root = child
+    return root, leaf
+
+
+def _get(root: nn.Module, name: str) -> Tensor:
+    *path, leaf = name.split(".")
+    for part in path:
+        root = root._modules[part]  # type: ignore[assignment]
+    found = root._parameters.get(leaf)
+    return found if found is not None else root._buffers[leaf]  # type: ignore[return-value]
+
+
+def _write_buffer(root: nn.Module, name: str, value: Tensor) -> None:
+    """Rebind instead of writing in place: the old tensor may be saved for backward."""
+    *path, leaf = name.split(".")
+    for part in path:
+        root = root._modules[part]  # type: ignore[assignment]
+    root._buffers[leaf] = value.detach()

@@ -1,0 +1,270 @@
+"""Running passes over a program: apply, verify, keep what is right and pays, explain the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphopt.errors import VerificationError
+from graphopt.program import Program
+from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report
+from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
+from graphopt.rewrite.passes import Pass
+from graphopt.rewrite.rule import Numeric
+from graphopt.verify.inputs import fresh_inputs, unseen_sizes
+from graphopt.verify.replay import Replay, Verdict
+from graphopt.verify.timing import Stopwatch, pays
+from graphopt.verify.whole import compare_outcomes, hash_inputs, run_program
+
+ROUNDS = 8
+"""Times a pass is replayed after rewrites were taken back before it is given up."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Context:
+    """What every pass of one run shares.
+
+    Attributes:
+        strict: raise on the first rewrite that does not verify, instead of taking it back.
+        measure: time rewrites and keep only those that pay.
+        inputs: sets of flat user inputs; the first is the captured one.
+    """
+
+    inputs: list[list[Any]]
+    strict: bool = False
+    measure: bool = True
+    stopwatch: Stopwatch | None = None
+    progress: Progress = lambda _text: None
+    report: Report = field(default_factory=lambda: Report("model"))
+
+    @classmethod
+    def of(cls, program: Program, **options: Any) -> Context:
+        """Inputs as captured, fresh values, and sizes that were not seen at capture."""
+        captured = list(program.example_inputs)
+        inputs = [captured, fresh_inputs(program, unseen_sizes(program))]
+        context = cls(inputs, **options)
+        if context.measure:
+            context.stopwatch = Stopwatch(train=not program.frozen)
+        return context
+
+
+@dataclass
+class _Outcome:
+    program: Program
+    log: Log
+    verdicts: dict[Key, Verdict]
+    rejected: dict[Key, Verdict]
+    seconds: float
+
+
+def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Program:
+    """Apply the passes in order; fills ``context.report``; returns a new program."""
+    for step in passes:
+        context.progress(step.name)
+        program = run_pass(program, step, context)
+    return program
+
+
+def run_pass(program: Program, step: Pass, context: Context) -> Program:
+    """Apply one pass; rewrites that fail or do not pay are taken back by running it again without."""
+    start = time.perf_counter()
+    outcome = _until_sound(program, step, context)
+    _record(program, step, outcome, context, time.perf_counter() - start)
+    return outcome.program if outcome.log.rewrites else program
+
+
+def _until_sound(program: Program, step: Pass, context: Context) -> _Outcome:
+    rejected: dict[Key, Verdict] = {}
+    rules = list(step.rules())
+    verify_seconds = 0.0
+    for _ in range(ROUNDS):
+        work = program.copy()
+        log = apply_rules(work, rules, rejected.keys())
+        start = time.perf_counter()
+        verdicts = _verify(program, log, context)
+        verify_seconds += time.perf_counter() - start
+        bad = {k: v for k, v in verdicts.items() if not v.ok or not pays(v.seconds)}
+        if not bad:
+            return _Outcome(work, log, verdicts, rejected, verify_seconds)
+        if context.strict:
+            _raise_first(bad)
+        rejected |= bad
+    return _Outcome(program, Log(missed=log.missed), {}, rejected, verify_seconds)
+
+
+def _verify(program: Program, log: Log, context: Context) -> dict[Key, Verdict]:
+    """Verdicts on every set of inputs; timing on the captured sizes only."""
+    found: dict[Key, Verdict] = {}
+    if not log.rewrites:
+        return found
+    for index, inputs in enumerate(context.inputs):
+        stopwatch = context.stopwatch if index == 0 else None
+        for verdict in Replay(program, log, stopwatch).judge(inputs):
+            key = verdict.rewrite.key
+            found[key] = found[key].merge(verdict) if key in found else verdict
+    return found
+
+
+def _raise_first(bad: dict[Key, Verdict]) -> None:
+    wrong = [v for v in bad.values() if not v.ok]
+    if wrong:
+        raise VerificationError(
+            f"{wrong[0].rewrite.rule.name} changes what the model computes: {failure(wrong[0])}",
+            where=wrong[0].rewrite.source,
+            fix="run without strict to keep the original there, and report the rule",
+        )
+
+
+def failure(verdict: Verdict) -> str:
+    """Why a verdict is negative, in words with figures."""
+    outputs, gradients = verdict.outputs, verdict.gradients
+    if not outputs.ok:
+        return f"{outputs.note} (relative error {outputs.rms:.2g}, allowed {outputs.bound:.2g})"
+    if gradients is not None and not gradients.ok:
+        return (
+            f"gradients: {gradients.note} "
+            f"(relative error {gradients.rms:.2g}, allowed {gradients.bound:.2g})"
+        )
+    if verdict.seconds is not None and not pays(verdict.seconds):
+        old, new = verdict.seconds
+        return f"slower here: {new * 1e6:.0f} us instead of {old * 1e6:.0f} us"
+    return "verified"
+
+
+def _record(
+    before: Program, step: Pass, outcome: _Outcome, context: Context, seconds: float
+) -> None:
+    report, rejected = context.report, outcome.rejected
+    digest = hash_inputs([v for values in context.inputs for v in values])
+    for rewrite in outcome.log.rewrites:
+        verdict = outcome.verdicts[rewrite.key]
+        report.applied.append(_applied(step, rewrite, verdict, digest))
+    for verdict in rejected.values():
+        report.missed.append(_taken_back(step, verdict))
+    for missed in outcome.log.missed.values():
+        row = MissedRewrite(
+            step.name,
+            missed.rule,
+            missed.reason,
+            missed.node,
+            missed.source,
+            missed.option,
+            missed.stage,
+        )
+        report.missed.append(row)
+    slower = sum(v.ok for v in rejected.values())
+    report.passes.append(
+        PassSummary(
+            name=step.name,
+            options=step.options(),
+            matched=len(outcome.log.rewrites) + len(rejected),
+            kept=len(outcome.log.rewrites),
+            slower=slower,
+            rolled_back=len(rejected) - slower,
+            nodes_before=_size(before),
+            nodes_after=_size(outcome.program),
+            seconds=seconds,
+            verify_seconds=outcome.seconds,
+            bytes_before=state_bytes(before),
+            bytes_after=state_bytes(outcome.program),
+        )
+    )
+
+
+def _applied(step: Pass, rewrite: Rewrite, verdict: Verdict, digest: str) -> Applied:
+    gradients = verdict.gradients
+    certificate = Certificate(
+        rule=rewrite.rule.name,
+        version=rewrite.rule.version,
+        numeric=rewrite.rule.numeric.value,
+        nodes=rewrite.removed,
+        source=rewrite.source,
+        inputs_hash=digest,
+        error=verdict.outputs.rms,
+        max_error=verdict.outputs.max,
+        original_error=verdict.outputs.original,
+        bound=verdict.outputs.bound,
+        gradient_error=gradients.rms if gradients else None,
+        gradient_bound=gradients.bound if gradients else None,
+        runs=verdict.runs,
+        notes=tuple(verdict.notes),
+    )
+    speedup = verdict.seconds[0] / verdict.seconds[1] if verdict.seconds else None
+    return Applied(
+        step.name,
+        rewrite.rule.name,
+        rewrite.removed,
+        rewrite.added,
+        rewrite.source,
+        certificate,
+        speedup,
+    )
+
+
+def _taken_back(step: Pass, verdict: Verdict) -> MissedRewrite:
+    stage = "profit" if verdict.ok else "verify"
+    rewrite = verdict.rewrite
+    return MissedRewrite(
+        step.name,
+        rewrite.rule.name,
+        failure(verdict),
+        rewrite.key[1][0],
+        rewrite.source,
+        "measure=False" if verdict.ok else None,
+        stage,
+    )
+
+
+def _size(program: Program) -> int:
+    return sum(1 for n in program.graph.nodes if n.op not in ("placeholder", "output"))
+
+
+def state_bytes(program: Program) -> int:
+    """Bytes of distinct tensors the program holds."""
+    distinct = {id(t): t for t in program.state.values()}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def certify(original: Program, optimized: Program, context: Context, *, name: str) -> bool:
+    """Hold the whole to float64 on every set of inputs; adds certificates; returns whether it is right."""
+    lossy = any(a.certificate.numeric == Numeric.LOSSY for a in context.report.applied)
+    numeric = Numeric.LOSSY if lossy else Numeric.REASSOCIATED
+    sound = True
+    for inputs in context.inputs:
+        certificate, ok = _certify_once(original, optimized, inputs, numeric, name)
+        context.report.whole.append(certificate)
+        sound &= ok
+    return sound
+
+
+def _certify_once(
+    original: Program, optimized: Program, inputs: list[Any], numeric: Numeric, name: str
+) -> tuple[Certificate, bool]:
+    grad = not original.frozen
+    old = run_program(original, inputs, wide=False, grad=grad)
+    new = run_program(optimized, inputs, wide=False, grad=grad)
+    exact = run_program(original, inputs, wide=True, grad=grad)
+    outputs, gradients = compare_outcomes(old, new, exact, numeric)
+    ok = outputs.ok and (gradients is None or gradients.ok)
+    notes = tuple(m.note for m in (outputs, gradients) if m is not None and m.note)
+    certificate = Certificate(
+        rule=name,
+        version=1,
+        numeric=numeric.value,
+        nodes=(),
+        source=None,
+        inputs_hash=hash_inputs(inputs),
+        error=outputs.rms,
+        max_error=outputs.max,
+        original_error=outputs.original,
+        bound=outputs.bound,
+        gradient_error=gradients.rms if gradients else None,
+        gradient_bound=gradients.bound if gradients else None,
+        runs=1,
+        notes=notes,
+    )
+    return certificate, ok

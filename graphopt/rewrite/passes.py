@@ -1,0 +1,119 @@
+"""Passes: named, configured groups of rules. Their fields are Python arguments, CLI options and
+recipe keys at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import yaml
+
+from graphopt.errors import RecipeError
+from graphopt.rewrite.rule import Rule
+
+ENTRY_POINT_GROUP = "graphopt.passes"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step of a recipe. Subclasses are frozen dataclasses that give `rules`."""
+
+    def rules(self) -> Sequence[Rule]:
+        """The rules this pass applies together, to a fixpoint."""
+        raise NotImplementedError(f"{self.name} defines no rules")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def options(self) -> dict[str, Any]:
+        """Field values, as a recipe would spell them."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        given = ",".join(f"{k}={v}" for k, v in self.options().items())
+        return f"{self.name}:{given}" if given else self.name
+
+
+@cache
+def registered_passes() -> Mapping[str, type[Pass]]:
+    """Every pass by name: those of graphopt and those of installed packages."""
+    found: dict[str, type[Pass]] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        loaded = point.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise RecipeError(f"entry point {point.name} is not a Pass", where=point.value)
+        found[loaded.__name__] = loaded
+    return dict(sorted(found.items()))
+
+
+def make_pass(name: str, options: Mapping[str, Any] | None = None, where: str = "recipe") -> Pass:
+    """Build a pass from its name and options; unknown names and keys are errors.
+
+    Raises:
+        RecipeError: names the nearest valid spelling, or the type that was expected.
+    """
+    known = registered_passes()
+    if name not in known:
+        raise RecipeError(f"unknown pass {name!r}", where=where, fix=_nearest(name, known))
+    kind = known[name]
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in (options or {}).items():
+        if key not in fields:
+            raise RecipeError(
+                f"{name} has no option {key!r}", where=where, fix=_nearest(key, fields)
+            )
+        if not _fits(value, hints[key]):
+            raise RecipeError(
+                f"{name}: {key}={value!r} should be {_spell(hints[key])}", where=where
+            )
+    return kind(**dict(options or {}))
+
+
+def parse_pass(text: str) -> Pass:
+    """``NAME`` or ``NAME:key=value,key=value``; values are YAML scalars."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RecipeError(f"expected key=value, found {item!r}", where=text)
+        options[key.strip()] = yaml.safe_load(value)
+    return make_pass(name.strip(), options, where=text)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    listed = ", ".join(known) or "none"
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {listed}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is None or hint is type(None):
+        return value is None
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

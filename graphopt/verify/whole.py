@@ -1,0 +1,119 @@
+"""The whole program against the whole original, forward and backward, held to float64."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.program import OutputKind, Program
+from graphopt.rewrite.rule import Numeric
+from graphopt.rewrite.subgraph import widen
+from graphopt.verify.measure import Measure, compare, worst
+from graphopt.verify.replay import SEED, _without_randomness
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outputs and parameter gradients of one run; gradients by state or input name."""
+
+    outputs: tuple[Any, ...]
+    gradients: Mapping[str, Tensor]
+
+
+Run = Callable[[Sequence[Any]], Outcome]
+
+
+def run_program(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bool) -> Outcome:
+    """Execute with dropout off; in float64 throughout where ``wide``.
+
+    Gradients are of the sum of all floating outputs times a fixed random cotangent, with respect to
+    every parameter (by its name) and every floating user input (by its placeholder's name).
+    """
+    graph = _without_randomness(program.graph)
+    graph = widen(graph) if wide else graph
+    module = fx.GraphModule(program.graph_module, graph)
+    leaves = _leaves(program, inputs, wide=wide, grad=grad)
+    flat = [leaves[n.name] for n in program.placeholders()]
+    with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        outputs = tuple(fx.Interpreter(module).run(*flat))
+        gradients = _backward(program, leaves, outputs) if grad else {}
+    plain = tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
+    return Outcome(plain, gradients)
+
+
+def _leaves(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bool) -> dict[str, Any]:
+    given = iter(inputs)
+    made: dict[int, Any] = {}
+    found = {}
+    for node in program.placeholders():
+        target = program.inputs[node.name].target
+        value = next(given) if target is None else program.state[target]
+        found[node.name] = made.setdefault(id(value), _leaf(value, wide=wide, grad=grad))
+    return found
+
+
+def _leaf(value: Any, *, wide: bool, grad: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    plain = value.detach()
+    if not plain.is_floating_point():
+        return plain
+    plain = plain.double() if wide else plain
+    return plain.detach().clone().requires_grad_() if grad else plain
+
+
+def _backward(
+    program: Program, leaves: Mapping[str, Any], outputs: Sequence[Any]
+) -> dict[str, Tensor]:
+    user = [o for o, s in zip(outputs, program.outputs, strict=True) if s.kind is OutputKind.USER]
+    results = [o for o in user if isinstance(o, Tensor) and o.requires_grad]
+    names = {
+        program.inputs[k].target or k: v
+        for k, v in leaves.items()
+        if isinstance(v, Tensor) and v.requires_grad
+    }
+    if not results or not names:
+        return {}
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+    cotangents = [d.to(r.device, r.dtype) for d, r in zip(drawn, results, strict=True)]
+    found = torch.autograd.grad(results, list(names.values()), cotangents, allow_unused=True)
+    pairs = zip(names.items(), found, strict=True)
+    return {k: torch.zeros_like(v) if g is None else g for (k, v), g in pairs}
+
+
+def compare_outcomes(
+    old: Outcome, new: Outcome, reference: Outcome, numeric: Numeric
+) -> tuple[Measure, Measure | None]:
+    """Measures of outputs and of gradients that both sides have (``None`` without gradients)."""
+    outputs = [
+        compare(o, n, r, numeric)
+        for o, n, r in zip(old.outputs, new.outputs, reference.outputs, strict=True)
+    ]
+    shared = [k for k in old.gradients if k in new.gradients]
+    loose = Numeric.REASSOCIATED if numeric is Numeric.BITWISE else numeric
+    gradients = [
+        compare(old.gradients[k], new.gradients[k], reference.gradients[k], loose) for k in shared
+    ]
+    return worst(outputs), worst(gradients) if gradients else None
+
+
+def hash_inputs(inputs: Sequence[Any]) -> str:
+    """SHA-256 over shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for value in inputs:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            plain = value.detach().cpu().contiguous()
+            digest.update(
+                plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+            )
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
