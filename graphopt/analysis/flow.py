@@ -129,7 +129,7 @@ def post_dominators(view: Flow, sinks: Iterable[Node] | None = None) -> dict[Nod
 
 
 def _immediate_dominators(view: Flow, roots: list[Node]) -> dict[Node, Node | None]:
-    rooted = nx.DiGraph(view.edges)
+    rooted: nx.DiGraph[Any] = nx.DiGraph(view.edges)
     rooted.add_edges_from((_ENTRY, root) for root in roots)
     found = nx.immediate_dominators(rooted, _ENTRY)
     found.pop(_ENTRY, None)
