@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 Inputs = dict[str, Any]
-Axes = Mapping[str, Mapping[int, str]]
+Axes = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Entry:
     """One model of the zoo.
 
     ``example(batch, seq)`` gives keyword arguments for ``forward``; equal sizes give equal values.
-    ``dynamic_axes`` maps an input to ``{dim: axis name}`` for the dims that may change; inputs that
-    share an axis name share its size. ``label(inputs)`` adds what makes the model return a loss.
+    ``dynamic_axes`` maps an input to ``{dim: axis name}`` for the dims that may change, or to a
+    dict or list of such where the input has parts; what shares an axis name shares its size.
+    ``label(inputs)`` adds what makes the model return a loss.
     ``seq`` is the size of the model's second axis (tokens, samples, pixels), 0 where it is fixed.
     """
 
@@ -56,13 +57,16 @@ class Entry:
     def dynamic_shapes(self, inputs: Inputs, dim: Any = Dim.DYNAMIC) -> dict[str, Any]:
         """``dynamic_shapes`` of ``torch.export`` for ``inputs``; ``dim=None`` names the dims."""
         axes = {**self.dynamic_axes, **self.label_axes}
-        named = {axis: Dim(axis) for spec in axes.values() for axis in spec.values()}
-        return {
-            key: {i: named[axis] if dim is None else dim for i, axis in axes[key].items()}
-            if key in axes
-            else None
-            for key in inputs
-        }
+        named: dict[str, Any] = {}
+
+        def resolve(spec: Any) -> Any:
+            if isinstance(spec, list):
+                return [resolve(part) for part in spec]
+            if isinstance(spec, str):
+                return named.setdefault(spec, Dim(spec)) if dim is None else dim
+            return {key: resolve(part) for key, part in spec.items()}
+
+        return {key: resolve(axes[key]) if key in axes else None for key in inputs}
 
 
 def generator(*key: object) -> torch.Generator:
