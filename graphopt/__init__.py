@@ -1,1 +1,41 @@
-"""graphopt: capture a PyTorch model, rewrite its graph, prove each rewrite, lower it, explain it."""
+"""graphopt: capture a PyTorch model, rewrite its graph, prove each rewrite, lower it, explain it.
+
+Names are loaded when first used, so that ``import graphopt`` costs little more than ``import torch``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.artifact import load, save
+    from graphopt.emit.onnx import export_onnx
+    from graphopt.errors import GraphoptError
+    from graphopt.optimize import compile, explain
+    from graphopt.report.model import Report
+
+__version__ = version("graphopt")
+
+_HOMES = {
+    "GraphoptError": "graphopt.errors",
+    "Report": "graphopt.report.model",
+    "compile": "graphopt.optimize",
+    "explain": "graphopt.optimize",
+    "export_onnx": "graphopt.emit.onnx",
+    "load": "graphopt.artifact",
+    "save": "graphopt.artifact",
+}
+
+__all__ = ["GraphoptError", "Report", "compile", "explain", "export_onnx", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -167,7 +167,7 @@ class Program:
         while unique in self.state:
             unique, count = f"{name}_{count}", count + 1
         kind = InputKind.PARAMETER if isinstance(value, torch.nn.Parameter) else InputKind.CONSTANT
-        with self.graph.inserting_after():
+        with self.graph.inserting_before():
             node = self.graph.placeholder("s_" + unique.replace(".", "_"))
         node.meta["val"] = meta
         self.state[unique] = value

@@ -74,6 +74,13 @@ class OptimizedModule(nn.Module):
         call = self.program.call
         return outputs if call is None else pytree.tree_unflatten(outputs, call.out_spec)
 
+    def current_program(self) -> Program:
+        """The program over the tensors the module holds now."""
+        twin = self.program.copy()
+        for name in twin.state:
+            twin.state[name] = _get(self, name)
+        return twin
+
     def train(self, mode: bool = True) -> OptimizedModule:
         """Stay in the captured mode; a program cannot change between training and evaluation."""
         from graphopt.errors import GraphoptError

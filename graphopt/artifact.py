@@ -1,0 +1,86 @@
+"""Saving an optimized module as ``.pt2`` with its proof inside, and loading it back safely."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.emit.exported import to_exported
+from graphopt.emit.module import OptimizedModule
+from graphopt.errors import GraphoptError, LoadError
+from graphopt.files import atomic_path
+from graphopt.report.model import Report
+
+SIDE_FILE = "graphopt.json"
+FORMAT = 1
+
+
+def save(module: OptimizedModule, path: str | Path) -> Path:
+    """Write ``module`` as an `ExportedProgram` archive with ``graphopt.json`` inside.
+
+    The values written are those the module holds now, also after training or ``load_state_dict``.
+
+    Raises:
+        GraphoptError: ``module`` is not an ahead-of-time result of `graphopt.compile`, or the path
+            does not end in ``.pt2``.
+    """
+    target = Path(path)
+    if not isinstance(module, OptimizedModule):
+        raise GraphoptError(
+            f"cannot save a {type(module).__name__}",
+            fix="save what graphopt.compile(model, example_inputs=...) returned",
+        )
+    if target.suffix != ".pt2":
+        raise GraphoptError(
+            "an optimized module is saved as .pt2", where=str(target), fix=f"{target.stem}.pt2"
+        )
+    exported = to_exported(module.current_program())
+    with atomic_path(target) as temporary:
+        torch.export.save(exported, temporary, extra_files={SIDE_FILE: _side_file(module)})
+    return target
+
+
+def _side_file(module: OptimizedModule) -> str:
+    facts = {
+        "format": FORMAT,
+        "name": module.program.name,
+        "training": module.program.training,
+        "frozen": module.program.frozen,
+        "report": module.report.to_dict(),
+    }
+    return json.dumps(facts)
+
+
+def load(path: str | Path) -> OptimizedModule:
+    """Load what `save` wrote (or any plain ``.pt2``), after the archive was scanned.
+
+    Raises:
+        LoadError: the file is unsafe, damaged, or not an exported program.
+    """
+    from graphopt.capture import from_exported
+    from graphopt.loading import load_model
+
+    loaded = load_model(Path(path))
+    if loaded.exported is None:
+        raise LoadError(
+            f"{Path(path).name} is a {loaded.kind}, not an exported program",
+            where=str(path),
+            fix="load a file that graphopt.save or torch.export.save wrote",
+        )
+    facts = _facts(loaded)
+    program = from_exported(
+        loaded.exported,
+        training=bool(facts.get("training", False)),
+        frozen=bool(facts.get("frozen", True)),
+    )
+    program.name = str(facts.get("name", Path(path).stem))
+    report = Report.from_dict(facts["report"]) if "report" in facts else Report(program.name)
+    return OptimizedModule(program, report)
+
+
+def _facts(loaded: Any) -> dict[str, Any]:
+    text = (loaded.extra_files or {}).get(SIDE_FILE)
+    return json.loads(text) if text else {}
