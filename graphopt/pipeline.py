@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.errors import VerificationError
+from graphopt.errors import IllegalRewriteError, VerificationError
 from graphopt.program import Program
 from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
-from graphopt.rewrite.rule import Numeric
+from graphopt.rewrite.rule import Missed, Numeric, Rule
 from graphopt.verify.inputs import fresh_inputs, unseen_sizes
 from graphopt.verify.replay import Replay, Verdict
 from graphopt.verify.timing import Stopwatch, pays
@@ -83,7 +83,12 @@ def _until_sound(program: Program, step: Pass, context: Context) -> _Outcome:
     verify_seconds = 0.0
     for _ in range(ROUNDS):
         work = program.copy()
-        log = apply_rules(work, rules, rejected.keys())
+        try:
+            log = apply_rules(work, rules, rejected.keys())
+        except IllegalRewriteError as error:
+            if context.strict:
+                raise
+            return _Outcome(program, _given_up(rules, error), {}, rejected, verify_seconds)
         start = time.perf_counter()
         verdicts = _verify(program, log, context)
         verify_seconds += time.perf_counter() - start
@@ -94,6 +99,13 @@ def _until_sound(program: Program, step: Pass, context: Context) -> _Outcome:
             _raise_first(bad)
         rejected |= bad
     return _Outcome(program, Log(missed=log.missed), {}, rejected, verify_seconds)
+
+
+def _given_up(rules: Sequence[Rule], error: IllegalRewriteError) -> Log:
+    """A pass whose rules do not settle is left out, and says so."""
+    log = Log()
+    log.missed[("", "")] = Missed(rules[0].name, error.what, stage="verify")
+    return log
 
 
 def _verify(program: Program, log: Log, context: Context) -> dict[Key, Verdict]:

@@ -246,7 +246,7 @@ class Program:
         if len(self.output_node().args[0]) != len(self.outputs):
             raise IllegalRewriteError("output node and signature disagree")
         for node in self.graph.nodes:
-            if is_mutating(node):
+            if is_mutating(node.target):
                 raise IllegalRewriteError(f"{node.target} writes its input", where=node.name)
 
     def __str__(self) -> str:
@@ -255,9 +255,9 @@ class Program:
         return to_python(self)
 
 
-def is_mutating(node: fx.Node) -> bool:
-    """Whether the node's operator writes one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def is_mutating(target: Any) -> bool:
+    """Whether an operator writes one of its arguments."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def is_random(node: fx.Node) -> bool:

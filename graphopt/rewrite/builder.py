@@ -73,10 +73,10 @@ class Builder:
         self.program.drop_state_of(self.folded)
 
     def _emit(self, target: Any, args: Any, kwargs: Any, meta: Any) -> fx.Node:
+        if is_mutating(target):
+            raise IllegalRewriteError(f"{operator_name(target)} writes its input", where=self.rule)
         with self.program.graph.inserting_before(self.anchor):
             node = self.program.graph.call_function(target, args, kwargs)
-        if is_mutating(node):
-            raise IllegalRewriteError(f"{operator_name(target)} writes its input", where=self.rule)
         node.meta.update({k: v for k, v in self.anchor.meta.items() if k in _INHERITED})
         node.meta["val"] = meta
         node.meta["rewritten_by"] = (*self.anchor.meta.get("rewritten_by", ()), self.rule)
