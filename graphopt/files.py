@@ -60,7 +60,8 @@ def _move_into_place(staging: Path, final: Path) -> None:
     undo: list[tuple[Path, Path | None]] = []
     try:
         for entry in entries:
-            undo.append(_replace(entry, final.parent / entry.name, staging))
+            step = _replace(entry, final.parent / entry.name, staging)
+            undo.append(step)
     except BaseException:
         for placed, backup in reversed(undo):
             _discard(placed) if backup is None else backup.replace(placed)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from graphopt.errors import LoadError
-from graphopt.load.findings import Finding, Limits, env_name, reading
+from graphopt.loading.findings import Finding, Limits, env_name, reading
 
 ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -91,9 +91,13 @@ def open_archive(
 ) -> Iterator[Archive]:
     """Open a zip file, or one that lies inside an open file object, without unpacking anything."""
     if isinstance(file, str | os.PathLike):
-        with reading(file), Path(file).open("rb") as handle:
-            with open_archive(handle, os.fspath(file), limits) as archive:
-                yield archive
+        where = os.fspath(file)
+        with (
+            reading(where),
+            Path(file).open("rb") as handle,
+            open_archive(handle, where, limits) as archive,
+        ):
+            yield archive
         return
     with reading(where):
         opened = zipfile.ZipFile(file)
@@ -127,7 +131,9 @@ def _size_findings(archive: Archive) -> Iterator[Finding]:
     if total > limits.total_bytes:
         yield _over(f"the archive unpacks to {total} bytes", "total_bytes", where)
     if total > limits.ratio * max(packed, 1) and total > 1024:
-        yield _over(f"the archive unpacks to {total / max(packed, 1):.0f}x its size", "ratio", where)
+        yield _over(
+            f"the archive unpacks to {total / max(packed, 1):.0f}x its size", "ratio", where
+        )
     for m in archive.members:
         if m.size > limits.ratio * max(m.packed, 1) and m.size > 1024:
             what = f"the member unpacks to {m.size / max(m.packed, 1):.0f}x its size"
@@ -178,9 +184,13 @@ def _layout_findings(archive: Archive) -> Iterator[Finding]:
             yield Finding("the member's header is missing", where)
             return
         _, _, flags, method, _, _, _, packed, size, name_bytes, extra = _LOCAL_HEADER.unpack(header)
-        name = archive.file.read(name_bytes).decode("utf-8" if flags & 0x800 else "cp437", "replace")
-        sizes_differ = not flags & 0x8 and 0xFFFFFFFF not in (packed, size) and (
-            (packed, size) != (info.compress_size, info.file_size)
+        name = archive.file.read(name_bytes).decode(
+            "utf-8" if flags & 0x800 else "cp437", "replace"
+        )
+        sizes_differ = (
+            not flags & 0x8
+            and 0xFFFFFFFF not in (packed, size)
+            and ((packed, size) != (info.compress_size, info.file_size))
         )
         if (name, method) != (info.orig_filename, info.compress_type) or sizes_differ:
             yield Finding("the member's two headers disagree", where)

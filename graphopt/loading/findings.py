@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 from graphopt.errors import GraphoptError, LoadError
 
@@ -39,7 +39,7 @@ class Limits:
         Raises:
             GraphoptError: a variable is set to something that is not a positive number.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             variable = env_name(field.name)
             if text := os.environ.get(variable):
@@ -52,13 +52,13 @@ def env_name(limit: str) -> str:
     return f"GRAPHOPT_MAX_{limit.upper()}"
 
 
-def _positive(variable: str, text: str, kind: type) -> float:
+def _positive(variable: str, text: str, kind: type) -> Any:
     try:
         value = kind(text)
     except ValueError:
         value = 0
     if value > 0:
-        return value  # type: ignore[no-any-return]
+        return value
     raise GraphoptError(
         f"{text!r} is not a positive number", where=f"environment variable {variable}"
     )
@@ -75,7 +75,12 @@ class Finding:
     def error(self, others: int = 0) -> LoadError:
         """The finding as an error; ``others`` counts the findings that it stands for."""
         more = f" (and {others} more; `graphopt inspect` lists them)" if others else ""
-        return LoadError(self.what + more, where=self.where, fix=self.fix)
+        return LoadError(printable(self.what) + more, where=printable(self.where), fix=self.fix)
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters spelled out: names in files may hold terminal escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refuse(findings: Iterable[Finding]) -> None:
@@ -95,6 +100,6 @@ def reading(where: object, fix: str | None = None) -> Iterator[None]:
     except FileNotFoundError as error:
         raise LoadError("there is no such file", where=str(where)) from error
     except Exception as error:  # parsers of hostile bytes raise anything, C++ errors included
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = printable(" ".join(str(error).split()))[:300] or type(error).__name__
         what = f"the file is damaged or not what it seems: {reason}"
         raise LoadError(what, where=str(where), fix=fix) from error

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import pickle
 import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -71,7 +72,7 @@ class Inert:
 
 @dataclass(frozen=True)
 class Storage:
-    """A reference to ``numel`` elements of ``dtype`` kept under ``key``, None if not a known type."""
+    """A reference to ``numel`` elements kept under ``key``; ``dtype`` is None where unknown."""
 
     key: str
     dtype: torch.dtype | None
@@ -81,7 +82,7 @@ class Storage:
     def nbytes(self) -> int | None:
         if self.dtype is None or type(self.numel) is not int or self.numel < 0:
             return None
-        return self.numel * self.dtype.itemsize
+        return int(self.numel) * self.dtype.itemsize
 
 
 @dataclass
@@ -91,10 +92,18 @@ class PickleFacts:
     globals: set[str] = field(default_factory=set)
     storages: list[Storage] = field(default_factory=list)
     foreign: list[Any] = field(default_factory=list)
+    protocol: int = 0
     value: Any = None
 
 
-def read_pickle(stream: BinaryIO) -> PickleFacts:
+class Stream(Protocol):
+    """What a pickle is read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def readline(self) -> bytes: ...
+
+
+def read_pickle(stream: Stream) -> PickleFacts:
     """Read one pickle from ``stream``, leaving it positioned after the pickle.
 
     Raises:
@@ -102,18 +111,25 @@ def read_pickle(stream: BinaryIO) -> PickleFacts:
     """
     reader = _Reader(stream)
     reader.facts.value = reader.load()
+    reader.facts.protocol = reader.proto
     return reader.facts
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]  # the Python one: a dict as memo
-    dispatch: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+# The Python unpickler: its memo is a dict, so a pickle cannot claim a huge one.
+_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
-    def __init__(self, stream: BinaryIO) -> None:
+
+class _Reader(_Unpickler):
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
+
+    def __init__(self, stream: Stream) -> None:
         super().__init__(stream, encoding="utf-8", errors="replace")
         self.facts = PickleFacts()
-        self.stream = stream
 
     def find_class(self, module: str, name: str) -> Any:
+        if self.proto < 3:  # written with the names of Python 2
+            module, name = NAME_MAPPING.get((module, name), (module, name))
+            module = IMPORT_MAPPING.get(module, module)
         origin = f"{module}.{name}"
         self.facts.globals.add(origin)
         return _PLAIN.get(origin) or type("Inert", (Inert,), {"origin": origin})
@@ -127,6 +143,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]  # the Pyth
                 storage = Storage(str(key), _storage_dtype(kind), numel)
                 self.facts.storages.append(storage)
                 return storage
+            case ("module" | b"module", kind, *_):  # a class with its source, in legacy files
+                return kind
         self.facts.foreign.append(reference)
         return Inert(reference)
 
@@ -135,7 +153,17 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]  # the Pyth
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(min(size, 1 << 40))))
 
+    def load_newobj(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        self.append(kind(*arguments))
+
+    def load_newobj_ex(self) -> None:
+        keywords, arguments, kind = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self.append(kind(*arguments, **keywords))
+
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
 
 
 def _storage_dtype(kind: Any) -> torch.dtype | None:
@@ -155,6 +183,11 @@ class TensorRef:
     stride: Any
 
     @property
+    def sizes(self) -> tuple[Any, ...]:
+        """The shape, with texts where the pickle holds something else than numbers."""
+        return tuple(n if type(n) is int else repr(n)[:20] for n in _numbers(self.size))
+
+    @property
     def elements_needed(self) -> int | None:
         """Elements the storage must hold, or None where the numbers make no sense."""
         numbers = [self.offset, *_numbers(self.size), *_numbers(self.stride)]
@@ -165,7 +198,7 @@ class TensorRef:
         if 0 in self.size:
             return 0
         steps = zip(self.size, self.stride, strict=True)
-        return int(self.offset) + sum((n - 1) * step for n, step in steps) + 1
+        return int(self.offset) + sum(int((n - 1) * step) for n, step in steps) + 1
 
 
 def _numbers(value: Any) -> tuple[Any, ...]:
@@ -190,7 +223,8 @@ def tensor_refs(value: Any) -> Iterator[TensorRef]:
 def _children(name: str, item: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(item, dict):
         for key, child in item.items():
-            yield (f"{name}.{key}" if name else str(key)), child
+            label = str(key) if isinstance(key, str | int) else "?"
+            yield (f"{name}.{label}" if name else label), child
     elif isinstance(item, list | tuple):
         yield from ((name, child) for child in item)
     elif isinstance(item, Inert):
