@@ -147,6 +147,22 @@ class Program:
         first: dict[int, str] = {}
         return {name: first.setdefault(id(t), name) for name, t in self.state.items()}
 
+    def differentiable(self) -> frozenset[str]:
+        """Names of placeholders that gradients are asked of: parameters and floating user inputs.
+
+        Dynamo programs say by the example values which of their inputs those are.
+        """
+        given = iter(self.example_inputs)
+        found = set()
+        for node in self.placeholders():
+            entry = self.inputs[node.name]
+            if entry.kind is InputKind.USER:
+                wanted = _takes_gradient(next(given, None), flat=self.call is None)
+            else:
+                wanted = entry.kind is InputKind.PARAMETER and self.tensor(node).requires_grad
+            found |= {node.name} if wanted else set()
+        return frozenset(found)
+
     def is_constant(self, node: fx.Node) -> bool:
         """Whether the node is state whose value cannot change between calls."""
         entry = self.input_of(node)
@@ -253,6 +269,12 @@ class Program:
         from graphopt.printer import to_python
 
         return to_python(self)
+
+
+def _takes_gradient(value: Any, *, flat: bool) -> bool:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.requires_grad if flat else True
 
 
 def is_mutating(target: Any) -> bool:

@@ -13,7 +13,7 @@ from graphopt.verify.measure import Measure, compare, worst
 from graphopt.verify.whole import run_program
 
 if TYPE_CHECKING:
-    from graphopt.optimize import Options
+    from graphopt.recipe import Options
 
 
 def to_inductor(module: OptimizedModule, original: Program, options: Options) -> None:

@@ -77,6 +77,7 @@ class Replay(fx.Interpreter):
         self.rewrites = log.rewrites
         self.missing = [0] * len(self.rewrites)
         self.uses: Counter[str] = Counter()
+        self.differentiable = before.differentiable()
         self._plan(graph)
 
     def _plan(self, graph: fx.Graph) -> None:
@@ -127,7 +128,7 @@ class Replay(fx.Interpreter):
         rewrite = self.rewrites[index]
         before = [self._value(rewrite.before, n) for n in rewrite.before.inputs]
         after = [self._value(rewrite.after, n) for n in rewrite.after.inputs]
-        verdict, made = judge(rewrite, before, after, live=not self.program.frozen)
+        verdict, made = judge(rewrite, before, after, self._asked(rewrite.before))
         if self.stopwatch is not None and verdict.ok:
             verdict.seconds = self.stopwatch(rewrite, before, after)
         self.verdicts.append(verdict)
@@ -137,14 +138,29 @@ class Replay(fx.Interpreter):
         for name in set(rewrite.before.activations) | set(rewrite.after.activations):
             self._release(name)
 
+    def _asked(self, piece: Subgraph) -> list[str]:
+        """Boundary inputs that gradients are compared for: activations, and live parameters."""
+        plain = [
+            n
+            for n, node in zip(piece.inputs, piece.sources, strict=True)
+            if node.op != "placeholder"
+        ]
+        if self.program.frozen:
+            return plain + [n for n in piece.activations if n in self.differentiable]
+        return plain + [n for n in piece.inputs if n in self.differentiable]
+
     def _value(self, piece: Subgraph, name: str) -> Any:
         return piece.state[name] if name in piece.state else self.values[name]
 
 
 def judge(
-    rewrite: Rewrite, before: Sequence[Any], after: Sequence[Any], *, live: bool
+    rewrite: Rewrite, before: Sequence[Any], after: Sequence[Any], asked: Sequence[str]
 ) -> tuple[Verdict, dict[str, Any]]:
-    """Measure one rewrite on boundary values; also returns the values of its new nodes."""
+    """Measure one rewrite on boundary values; also returns the values of its new nodes.
+
+    Args:
+        asked: boundary inputs that gradients are compared for.
+    """
     numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
     old, _ = _evaluate(rewrite.before, before)
     new, made = _evaluate(rewrite.after, after)
@@ -152,24 +168,26 @@ def judge(
     exact = old if numeric is Numeric.BITWISE else _evaluate(rewrite.before.wide, wide)[0]
     rows = [compare(o, n, e, numeric, tolerance) for o, n, e in zip(old, new, exact, strict=True)]
     verdict = Verdict(rewrite, worst(rows), runs=1)
-    _judge_gradients(verdict, before, after, live=live)
+    _judge_gradients(verdict, before, after, asked)
     return verdict, made
 
 
 def _judge_gradients(
-    verdict: Verdict, before: Sequence[Any], after: Sequence[Any], *, live: bool
+    verdict: Verdict, before: Sequence[Any], after: Sequence[Any], asked: Sequence[str]
 ) -> None:
     """Compare vector-Jacobian products for one random cotangent, in float64 too."""
     rewrite = verdict.rewrite
-    names = [n for n in rewrite.before.inputs if live or n not in rewrite.before.state]
-    shared = [n for n in names if n in rewrite.after.inputs]
-    old = _gradients(rewrite.before, before, shared)
+    shared = [n for n in asked if n in rewrite.after.inputs]
+    try:
+        old = _gradients(rewrite.before, before, shared)
+    except RuntimeError as error:
+        verdict.notes.append(f"no gradient to compare: {str(error).splitlines()[0]}")
+        return
     if old is None:
         return
-    new = _gradients(rewrite.after, after, shared)
+    new = _gradients_or_none(rewrite.after, after, shared)
     if new is None:
-        verdict.notes.append("the new piece has no gradient")
-        verdict.gradients = Measure(1.0, 1.0, 0.0, 0.0, False, "gradient lost")
+        verdict.gradients = Measure(1.0, 1.0, 0.0, 0.0, False, "the new piece has no gradient")
         return
     wide = _gradients(rewrite.before.wide, [_double(v) for v in before], shared) or old
     numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
@@ -179,10 +197,19 @@ def _judge_gradients(
     verdict.gradients = worst(rows)
 
 
+def _gradients_or_none(
+    piece: Subgraph, values: Sequence[Any], names: list[str]
+) -> list[Tensor] | None:
+    try:
+        return _gradients(piece, values, names)
+    except RuntimeError:
+        return None
+
+
 def _gradients(piece: Subgraph, values: Sequence[Any], names: list[str]) -> list[Tensor] | None:
     """Gradients of ``sum(output * cotangent)`` with respect to the named floating inputs."""
     with torch.enable_grad():
-        leaves = [_leaf(v) for v in values]
+        leaves = [_leaf(v) if n in names else v for n, v in zip(piece.inputs, values, strict=True)]
         results = [r for r in _evaluate(piece, leaves)[0] if _differentiable(r)]
         chosen = [leaves[piece.inputs.index(n)] for n in names]
         wanted = [t for t in chosen if isinstance(t, Tensor) and t.requires_grad]

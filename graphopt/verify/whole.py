@@ -49,12 +49,14 @@ def run_program(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bo
 
 def _leaves(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bool) -> dict[str, Any]:
     given = iter(inputs)
+    asked = program.differentiable() if grad else frozenset()
     made: dict[int, Any] = {}
     found = {}
     for node in program.placeholders():
         target = program.inputs[node.name].target
         value = next(given) if target is None else program.state[target]
-        found[node.name] = made.setdefault(id(value), _leaf(value, wide=wide, grad=grad))
+        leaf = _leaf(value, wide=wide, grad=node.name in asked)
+        found[node.name] = made.setdefault(id(value), leaf)
     return found
 
 

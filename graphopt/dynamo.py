@@ -1,0 +1,122 @@
+"""Just-in-time capture: a Dynamo graph becomes the same `Program` that ahead-of-time capture gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import detect_fake_mode
+
+from graphopt.errors import CaptureError
+from graphopt.program import InputKind, OutputKind, Program, ProgramInput, ProgramOutput
+
+_SET_GRAD = torch._C._set_grad_enabled
+
+
+def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
+    """Bring Dynamo's torch-level graph into functional ATen with composites kept.
+
+    Every tensor, parameters included, is a user input, because it may be replaced between calls;
+    nothing may be folded into it (``frozen=False``).
+
+    Raises:
+        CaptureError: the graph holds something without a functional form.
+    """
+    holders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    fakes = [n.meta.get("example_value", n.meta.get("val")) for n in holders]
+    mode = detect_fake_mode(fakes)
+    if mode is None:
+        raise CaptureError("the graph carries no fake values", fix="call through torch.compile")
+    try:
+        with mode, torch.enable_grad():
+            flat, signature = aot_export_module(
+                graph_module, fakes, trace_joint=False, pre_dispatch=True, decompositions={}
+            )
+    except Exception as error:
+        raise CaptureError(f"no functional form: {type(error).__name__}: {error}") from error
+    _apply_grad_modes(flat.graph)
+    inputs = [n for n in flat.graph.nodes if n.op == "placeholder"]
+    for node, holder in zip(inputs, holders, strict=True):
+        _rename(node, holder.name)
+    mutated = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
+    program = Program(
+        flat,
+        {n.name: ProgramInput(n.name, InputKind.USER) for n in inputs},
+        _outputs(flat.graph, signature, mutated),
+        frozen=False,
+        training=True,
+        example_inputs=tuple(example_inputs),
+        name=_model_name(graph_module),
+    )
+    program.graph.output_node().args = (tuple(program.graph.output_node().args[0]),)
+    flat.graph.lint()
+    program.recompile().lint()
+    return program
+
+
+def _rename(node: fx.Node, name: str) -> None:
+    node._rename(name.strip("_") or "input")
+
+
+def _outputs(graph: fx.Graph, signature: Any, mutated: dict[str, str]) -> list[ProgramOutput]:
+    """Updates of inputs come first, in the order in which the graph lists them."""
+    by_old_name = dict(
+        zip(
+            signature.user_inputs,
+            [n.name for n in graph.nodes if n.op == "placeholder"],
+            strict=True,
+        )
+    )
+    count = len(graph.output_node().args[0])
+    updates = [
+        ProgramOutput(OutputKind.INPUT_MUTATION, by_old_name[target]) for target in mutated.values()
+    ]
+    return updates + [ProgramOutput(OutputKind.USER)] * (count - len(updates))
+
+
+def _apply_grad_modes(graph: fx.Graph) -> None:
+    """Values made while gradients were off are detached where they leave that stretch of code."""
+    enabled, off = True, set()
+    for node in list(graph.nodes):
+        if node.target is _SET_GRAD:
+            enabled = bool(node.args[0])
+            graph.erase_node(node)
+        elif not enabled and node.op == "call_function":
+            off.add(node)
+    for node in off:
+        if _is_floating(node) and any(u not in off for u in node.users):
+            _detach(graph, node, off)
+
+
+def _detach(graph: fx.Graph, node: fx.Node, off: set[fx.Node]) -> None:
+    with graph.inserting_after(node):
+        stopped = graph.call_function(torch.ops.aten.detach.default, (node,))
+    stopped.meta.update(node.meta)
+    node.replace_all_uses_with(
+        stopped,
+        delete_user_cb=lambda user: user is not stopped and user not in off,
+        propagate_meta=False,
+    )
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _model_name(graph_module: fx.GraphModule) -> str:
+    """Name of the outermost module in the graph."""
+    for node in graph_module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            kind = next(iter(stack.values()))[1]
+            return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+    return "compiled_graph"
+
+
+def is_parameter(value: Any) -> bool:
+    """Whether an example input is a parameter of the model."""
+    return isinstance(value, nn.Parameter)
