@@ -108,7 +108,8 @@ def _round(program: Program, rules: Sequence[Rule], banned: Collection[Key], log
         if refusal is not None:
             log.miss(rule, refusal, match)
             continue
-        touched.update(match.nodes)
+        touched.update(n for n in match.nodes if n not in match.escapes)
+        _erase_dead(match, order)
         applied += 1
     if applied:
         _sort(program.graph)
@@ -186,6 +187,15 @@ def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | No
         )
     )
     return None
+
+
+def _erase_dead(match: Match, order: Mapping[fx.Node, int]) -> None:
+    """Erase what the rewrite left without users; dead-code elimination would keep asserts and
+    random draws, which stand in the match because the rule accounts for them."""
+    graph = match.program.graph
+    for node in sorted(match.nodes, key=order.__getitem__, reverse=True):
+        if not node.users and node not in match.escapes:
+            graph.erase_node(node)
 
 
 def _check_replacement(match: Match, values: tuple[Any, ...]) -> None:
