@@ -1,6 +1,6 @@
 """graphopt: capture a PyTorch model, rewrite its graph, prove each rewrite, lower it, explain it.
 
-Names are loaded when first used, so that ``import graphopt`` costs little more than ``import torch``.
+Names are loaded when first used: ``import graphopt`` costs little more than ``import torch``.
 """
 
 from __future__ import annotations

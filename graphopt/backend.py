@@ -1,8 +1,8 @@
-"""The Dynamo backend: ``torch.compile(model, backend="graphopt")`` and `graphopt.compile(model)`.
+"""The Dynamo backend: ``torch.compile(model, backend="graphopt")``, `graphopt.compile(model)`.
 
-Guards, graph breaks and recompilation stay with torch. Each graph is captured, rewritten and verified
-on the values of the call that compiled it; one that cannot be captured runs as Dynamo gave it, and the
-report says so.
+Guards, graph breaks and recompilation stay with torch. Each graph is captured, rewritten and
+verified on the values of the call that compiled it; one that cannot be captured runs as Dynamo
+gave it, and the report says so.
 """
 
 from __future__ import annotations
@@ -68,16 +68,17 @@ class Backend:
 def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph_module, list(example_inputs))  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(graph_module, list(example_inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 class Runner:
-    """Calls a functional graph the way Dynamo expects: inputs that were written are written back."""
+    """Calls a functional graph as Dynamo expects: inputs that were written are written back."""
 
     def __init__(self, program: Program, run: Compiled) -> None:
         self.run = run
         names = [n.name for n in program.placeholders()]
-        values = program.output_node().args[0]
+        values = program.results()
         pairs = list(zip(values, program.outputs, strict=True))
         self.updates = [
             (i, names.index(o.target or ""))

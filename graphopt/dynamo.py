@@ -1,4 +1,4 @@
-"""Just-in-time capture: a Dynamo graph becomes the same `Program` that ahead-of-time capture gives."""
+"""Just-in-time capture: a Dynamo graph becomes the `Program` that ahead-of-time capture gives."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
         raise CaptureError("the graph carries no fake values", fix="call through torch.compile")
     try:
         with mode, torch.enable_grad():
-            flat, signature = aot_export_module(
+            made: Any = aot_export_module(
                 graph_module, fakes, trace_joint=False, pre_dispatch=True, decompositions={}
             )
     except Exception as error:
         raise CaptureError(f"no functional form: {type(error).__name__}: {error}") from error
+    flat, signature = made
     _apply_grad_modes(flat.graph)
     inputs = [n for n in flat.graph.nodes if n.op == "placeholder"]
     for node, holder in zip(inputs, holders, strict=True):
@@ -51,7 +52,7 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
         example_inputs=tuple(example_inputs),
         name=_model_name(graph_module),
     )
-    program.graph.output_node().args = (tuple(program.graph.output_node().args[0]),)
+    program.graph.output_node().args = (program.results(),)
     flat.graph.lint()
     program.recompile().lint()
     return program
@@ -70,11 +71,11 @@ def _outputs(graph: fx.Graph, signature: Any, mutated: dict[str, str]) -> list[P
             strict=True,
         )
     )
-    count = len(graph.output_node().args[0])
+    values: Any = graph.output_node().args[0]
     updates = [
         ProgramOutput(OutputKind.INPUT_MUTATION, by_old_name[target]) for target in mutated.values()
     ]
-    return updates + [ProgramOutput(OutputKind.USER)] * (count - len(updates))
+    return updates + [ProgramOutput(OutputKind.USER)] * (len(values) - len(updates))
 
 
 def _apply_grad_modes(graph: fx.Graph) -> None:

@@ -40,9 +40,9 @@ def compile(
 ) -> Any:
     """Optimize a model; returns an ``nn.Module`` that is called like the original.
 
-    With ``example_inputs`` or ``example_kwargs`` the whole graph is captured ahead of time. Without,
-    the model is compiled through Dynamo as it is called, so graph breaks, training loops and
-    ``generate()`` keep working.
+    With ``example_inputs`` or ``example_kwargs`` the whole graph is captured ahead of time.
+    Without, the model is compiled through Dynamo as it is called, so graph breaks, training loops
+    and ``generate()`` keep working.
 
     Args:
         dynamic_shapes: axes that must stay dynamic, as `torch.export.export` takes them.
@@ -167,7 +167,7 @@ def _hold_quality(module: OptimizedModule, original: nn.Module | None, options: 
     module.report.notes.append(f"quality {before:.6g} before, {after:.6g} after")
     if before - after > options.budget:
         raise VerificationError(
-            f"quality fell from {before:.6g} to {after:.6g}, more than the budget {options.budget:g}",
+            f"quality fell from {before:.6g} to {after:.6g}; the budget allows {options.budget:g}",
             fix="raise `budget`, or choose passes that lose less",
         )
 

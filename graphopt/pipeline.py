@@ -70,7 +70,7 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
 
 
 def run_pass(program: Program, step: Pass, context: Context) -> Program:
-    """Apply one pass; rewrites that fail or do not pay are taken back by running it again without."""
+    """Apply one pass; what fails or does not pay is taken back by running it again without."""
     start = time.perf_counter()
     outcome = _until_sound(program, step, context)
     _record(program, step, outcome, context, time.perf_counter() - start)
@@ -242,7 +242,7 @@ def state_bytes(program: Program) -> int:
 
 
 def certify(original: Program, optimized: Program, context: Context, *, name: str) -> bool:
-    """Hold the whole to float64 on every set of inputs; adds certificates; returns whether it is right."""
+    """Whether the whole holds to float64 on every set of inputs; adds the certificates."""
     lossy = any(a.certificate.numeric == Numeric.LOSSY for a in context.report.applied)
     numeric = Numeric.LOSSY if lossy else Numeric.REASSOCIATED
     sound = True

@@ -67,7 +67,7 @@ def _argument(value: Any) -> str:
 
 def _returns(program: Program) -> list[str]:
     rows = []
-    for value, spec in zip(program.output_node().args[0], program.outputs, strict=True):
+    for value, spec in zip(program.results(), program.outputs, strict=True):
         if spec.kind is not OutputKind.USER:
             rows.append(f"    {spec.target!r} <- {_argument(value)}  # {spec.kind.value}")
     shown = ", ".join(_argument(v) for v in program.user_outputs())

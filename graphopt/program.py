@@ -66,13 +66,33 @@ class CallSpec:
     Attributes:
         in_spec: pytree of ``(args, kwargs)`` as captured.
         out_spec: pytree of the return value.
-        parameter_names: positional names of the captured ``forward``, so that a call may pass by
-            position what was captured by keyword, and the other way round.
+        parameter_names: names of the captured arguments, in the order of ``in_spec``.
+        positional: every parameter of ``forward`` that may be passed by position, in its order, so
+            that a call may pass by position what was captured by keyword.
+        defaults: what ``forward`` takes for parameters that a call leaves out.
+        fixed: arguments of the captured call that became part of the program (flags such as
+            ``use_cache``); a call may repeat them, but not change them.
     """
 
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     parameter_names: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A condition on sizes under which the captured graph is the model, such as ``s0 % 2 == 0``.
+
+    Attributes:
+        text: a Python expression over the symbols of the placeholders' shapes.
+        where: the user's ``file:line`` that branches on it, where one is known.
+    """
+
+    text: str
+    where: str | None = None
 
 
 @dataclass
@@ -89,7 +109,11 @@ class Program:
             trains or parameters may be replaced behind the program's back.
         training: the model was captured in training mode.
         example_inputs: flat user inputs of the capture, in placeholder order.
+        range_constraints: symbol -> range of sizes, where 1 is allowed unless the model excludes it.
         name: what reports call this program.
+        assumptions: further conditions on sizes that every call must meet.
+        axis_names: symbol -> the name under which the user declared the axis.
+        notes: sentences about the capture that a user should read.
     """
 
     graph_module: fx.GraphModule
@@ -102,6 +126,9 @@ class Program:
     example_inputs: tuple[Any, ...] = ()
     range_constraints: Mapping[Any, Any] = field(default_factory=dict)
     name: str = "model"
+    assumptions: tuple[Assumption, ...] = ()
+    axis_names: Mapping[Any, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -131,9 +158,14 @@ class Program:
     def user_inputs(self) -> list[fx.Node]:
         return [n for n in self.placeholders() if self.inputs[n.name].kind is InputKind.USER]
 
+    def results(self) -> tuple[Any, ...]:
+        """Arguments of the output node (nodes or constants), one per entry of ``outputs``."""
+        values: Any = self.output_node().args[0]
+        return tuple(values)
+
     def user_outputs(self) -> list[Any]:
         """Arguments of the output node that the caller sees, in order (nodes or constants)."""
-        pairs = zip(self.output_node().args[0], self.outputs, strict=True)
+        pairs = zip(self.results(), self.outputs, strict=True)
         return [value for value, spec in pairs if spec.kind is OutputKind.USER]
 
     def mutated_state(self) -> frozenset[str]:
@@ -232,6 +264,7 @@ class Program:
             inputs=dict(self.inputs),
             outputs=list(self.outputs),
             state=dict(self.state),
+            notes=list(self.notes),
         )
 
     def run(
@@ -247,7 +280,7 @@ class Program:
         flat = [next(given) if t is None else tensors[t] for t in targets]
         return list(self.graph_module(*flat))
 
-    def flow(self) -> nx.DiGraph:
+    def flow(self) -> nx.DiGraph[fx.Node]:
         """The graph as a ``networkx.DiGraph``, for questions about regions."""
         from graphopt.analysis.flow import flow
 
@@ -259,7 +292,7 @@ class Program:
         names = {n.name for n in self.placeholders()}
         if odd := names ^ self.inputs.keys():
             raise IllegalRewriteError("placeholders and signature disagree", where=str(sorted(odd)))
-        if len(self.output_node().args[0]) != len(self.outputs):
+        if len(self.results()) != len(self.outputs):
             raise IllegalRewriteError("output node and signature disagree")
         for node in self.graph.nodes:
             if is_mutating(node.target):

@@ -3,31 +3,94 @@
 from __future__ import annotations
 
 import re
+import sysconfig
+import traceback
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
 
+import numpy as np
+import sympy
 import torch
 from torch import fx
 
-_FRAME = re.compile(
-    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)\n?(?P<code>[^\n]*)'
+
+class Frame(NamedTuple):
+    """One line of a stack, outermost first in every list of this module."""
+
+    file: str
+    line: int
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n?(?P<code>[^\n]*)')
+_PACKAGE = Path(__file__).parent
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
+_TOOLS = tuple(
+    str(folder) + "/"
+    for folder in (
+        *(Path(str(p.__file__)).parent for p in (torch, sympy, np)),
+        _PACKAGE,
+        *(_PACKAGE.parent / name for name in ("passes", "kernels")),
+    )
 )
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+
+
+def is_user_file(file: str) -> bool:
+    """Whether a file is the user's (a model library counts), not torch, graphopt or Python itself."""
+    if file.startswith(("<", *_TOOLS)) or file.endswith("/functorch/__init__.py"):
+        return False
+    installed = "/site-packages/" in file or "/dist-packages/" in file
+    return installed or not file.startswith(_STANDARD_LIBRARY)
+
+
+def _is_plumbing(file: str) -> bool:
+    """Files of transformers that wrap a model's forward; the modeling files say what it computes."""
+    return "/transformers/" in file and "/transformers/models/" not in file
+
+
+def innermost(frames: Sequence[Frame]) -> Frame | None:
+    """The frame a user looks for: the last one in their own code, model definitions first."""
+    own = [f for f in frames if is_user_file(f.file)]
+    chosen = [f for f in own if not _is_plumbing(f.file)] or own
+    return chosen[-1] if chosen else None
+
+
+def frames_of(node: fx.Node) -> list[Frame]:
+    """The stack under which the node was traced."""
+    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return [Frame(file, int(line), code.strip()) for file, line, code in found]
+
+
+def frames_of_traceback(trace: TracebackType | None) -> list[Frame]:
+    """The stack of an exception."""
+    return _frames(traceback.extract_tb(trace))
+
+
+def calling_line() -> str | None:
+    """The user's ``file:line`` that is being executed."""
+    frame = innermost(_frames(traceback.extract_stack()))
+    return str(frame) if frame else None
+
+
+def _frames(summaries: Iterable[traceback.FrameSummary]) -> list[Frame]:
+    return [Frame(s.filename, s.lineno or 0, (s.line or "").strip()) for s in summaries]
 
 
 def source_line(node: fx.Node) -> str | None:
-    """``file:line`` of the innermost frame outside torch and graphopt, or ``None`` if unknown."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not f[0].startswith((_TORCH, _HERE, "<"))]
-    chosen = own or frames
-    return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else None
+    """``file:line`` in the user's code, or ``None`` where no frame of the stack is the user's."""
+    frame = innermost(frames_of(node))
+    return str(frame) if frame else None
 
 
 def source_code(node: fx.Node) -> str | None:
     """The text of that line, where the trace carries it."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not f[0].startswith((_TORCH, _HERE, "<"))] or frames
-    return own[-1][3].strip() or None if own else None
+    frame = innermost(frames_of(node))
+    return (frame.code or None) if frame else None
 
 
 def module_path(node: fx.Node) -> str:

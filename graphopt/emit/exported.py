@@ -54,10 +54,10 @@ def to_exported(program: Program) -> ExportedProgram:
     twin = program.copy()
     _order_placeholders(twin)
     root = _detached_root(twin)
-    inputs = [_input_spec(twin.inputs[n.name], n, twin) for n in twin.placeholders()]
+    inputs = [_input_spec(twin.inputs[n.name], n) for n in twin.placeholders()]
     outputs = [
         OutputSpec(_OUTPUTS[o.kind], _argument(v), o.target)
-        for v, o in zip(twin.output_node().args[0], twin.outputs, strict=True)
+        for v, o in zip(twin.results(), twin.outputs, strict=True)
     ]
     entry = ModuleCallSignature(
         [s.arg for s in inputs if s.kind is TorchInput.USER_INPUT],
@@ -84,7 +84,7 @@ def _order_placeholders(program: Program) -> None:
     """Parameters, buffers, constants, then user inputs, as the exported signature lists them."""
     rank = {kind: i for i, kind in enumerate(_ORDER)}
     nodes = program.placeholders()
-    ordered = sorted(nodes, key=lambda n: rank[_exported_kind(program, program.inputs[n.name])])
+    ordered = sorted(nodes, key=lambda n: rank[_exported_kind(program.inputs[n.name])])
     with program.graph.inserting_before():
         mark = program.graph.call_function(len, ((),))
     for node in reversed(ordered):
@@ -92,7 +92,7 @@ def _order_placeholders(program: Program) -> None:
     program.graph.erase_node(mark)
 
 
-def _exported_kind(program: Program, entry: ProgramInput) -> InputKind:
+def _exported_kind(entry: ProgramInput) -> InputKind:
     """Folded tensors are parameters where they are `nn.Parameter`, else constants or buffers."""
     if entry.kind is InputKind.CONSTANT and entry.target and entry.target.endswith("_folded"):
         return InputKind.BUFFER
@@ -106,8 +106,8 @@ def _detached_root(program: Program) -> fx.GraphModule:
     return fx.GraphModule(program.graph_module, graph)
 
 
-def _input_spec(entry: ProgramInput, node: fx.Node, program: Program) -> InputSpec:
-    kind = _exported_kind(program, entry)
+def _input_spec(entry: ProgramInput, node: fx.Node) -> InputSpec:
+    kind = _exported_kind(entry)
     persistent = entry.persistent if kind is InputKind.BUFFER else None
     argument = _argument(node) if kind is not InputKind.USER else _user_argument(node)
     return InputSpec(_INPUTS[kind], argument, entry.target, persistent)
@@ -136,9 +136,10 @@ def _argument(value: Any) -> Any:
 
 def _split_state(program: Program) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and persistent buffers, and the constants and other buffers beside them."""
-    kinds = {e.target: _exported_kind(program, e) for e in program.inputs.values() if e.target}
+    kinds = {e.target: _exported_kind(e) for e in program.inputs.values() if e.target}
     loose = {e.target for e in program.inputs.values() if not e.persistent}
-    state, constants = {}, {}
+    state: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
     for name, tensor in program.state.items():
         plain = kinds.get(name) is InputKind.CONSTANT or name in loose
         (constants if plain else state)[name] = tensor

@@ -9,6 +9,7 @@ import torch
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import VerificationError
 from graphopt.program import Program
+from graphopt.rewrite.rule import Numeric
 from graphopt.verify.measure import Measure, compare, worst
 from graphopt.verify.whole import run_program
 
@@ -38,9 +39,8 @@ def _check(module: OptimizedModule, original: Program) -> Measure:
     exact = run_program(original, inputs, wide=True, grad=False)
     with torch.no_grad():
         new = module._graph(*module._arguments(inputs))
-    numeric = "reassociated"
     rows = [
-        compare(o, n, e, numeric)  # type: ignore[arg-type]
+        compare(o, n, e, Numeric.REASSOCIATED)
         for o, n, e in zip(old.outputs, new, exact.outputs, strict=True)
     ]
     return worst(rows)

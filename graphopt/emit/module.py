@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from graphopt.report.model import Report
 
 
 class OptimizedModule(nn.Module):
-    """The emitted module. State stands in the original hierarchy, so ``state_dict`` keys are those of
-    the original wherever a tensor was not rewritten; a tensor that was folded has a name of its own,
-    so that loading an original checkpoint into a folded model fails instead of undoing the fold.
+    """The emitted module.
+
+    State stands in the original hierarchy, so ``state_dict`` keys are those of the original where
+    a tensor was not rewritten. A tensor that was folded has a name of its own, so that loading an
+    original checkpoint into a folded model fails instead of undoing the fold.
 
     Attributes:
         program: the rewritten program.
@@ -61,7 +64,7 @@ class OptimizedModule(nn.Module):
         return [next(given) if t is None else _get(self, t) for t in self._graph.targets]
 
     def _finish(self, results: tuple[Any, ...], flat: list[Any]) -> Any:
-        """Write updated buffers back as copies, after the graph has run, then rebuild the outputs."""
+        """Write updated buffers back, after the graph has run, then rebuild the outputs."""
         outputs = []
         for value, (kind, target) in zip(results, self._graph.outputs, strict=True):
             if kind is OutputKind.USER:
@@ -70,7 +73,7 @@ class OptimizedModule(nn.Module):
                 _write_buffer(self, target, value)
             else:
                 with torch.no_grad():
-                    flat[target].copy_(value)
+                    flat[self._graph.positions[target]].copy_(value)
         call = self.program.call
         return outputs if call is None else pytree.tree_unflatten(outputs, call.out_spec)
 
@@ -106,11 +109,9 @@ class _Graph(nn.Module):
         nodes = program.placeholders()
         self.targets = [program.inputs[n.name].target for n in nodes]
         names = [n.name for n in nodes if program.inputs[n.name].target is None]
-        self.outputs = [
-            (o.kind, names.index(o.target) if o.kind is OutputKind.INPUT_MUTATION else o.target)
-            for o in program.outputs
-        ]
-        self.code = fx.GraphModule(program.graph_module, program.graph)
+        self.positions = {name: i for i, name in enumerate(names)}
+        self.outputs = [(o.kind, o.target or "") for o in program.outputs]
+        self.code: Callable[..., Any] = fx.GraphModule(program.graph_module, program.graph)
 
     def forward(self, *flat: Any) -> Any:
         return self.code(*flat)

@@ -143,7 +143,12 @@ def program_fake_mode(program: Program) -> FakeTensorMode:
 def fx_nodes(structure: Any) -> list[fx.Node]:
     """Nodes inside nested arguments, in order."""
     found: list[fx.Node] = []
-    fx.node.map_arg(structure, lambda n: found.append(n) or n)
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(structure, note)
     return found
 
 

@@ -132,7 +132,7 @@ def _escape_reason(program: Program, node: fx.Node, user: fx.Node) -> str:
     name = f"`{node.name}` ({operator_name(node.target)})"
     if user.op != "output":
         return f"the intermediate {name} is also used by `{user.name}`"
-    position = list(user.args[0]).index(node)
+    position = program.results().index(node)
     kind = program.outputs[position].kind.value.replace("_", " ")
     return f"the intermediate {name} is also an output of the model ({kind})"
 
@@ -250,7 +250,7 @@ def _sort(graph: fx.Graph) -> None:
     index = {node: i for i, node in enumerate(graph.nodes)}
     if all(index[a] < i for node, i in index.items() for a in node.all_input_nodes):
         return
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     flow.add_nodes_from(index)
     flow.add_edges_from((a, node) for node in index for a in node.all_input_nodes)
     _keep_effects_in_order(flow, [n for n in index if n.op == "call_function" and n.is_impure()])
@@ -261,6 +261,6 @@ def _sort(graph: fx.Graph) -> None:
             last = node
 
 
-def _keep_effects_in_order(flow: nx.DiGraph, effects: Iterable[fx.Node]) -> None:
+def _keep_effects_in_order(flow: nx.DiGraph[fx.Node], effects: Iterable[fx.Node]) -> None:
     ordered = list(effects)
     flow.add_edges_from(zip(ordered, ordered[1:], strict=False))

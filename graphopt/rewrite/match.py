@@ -6,7 +6,7 @@ output is one more binding to try, so a match is found whenever one exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,7 +232,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
     names = [a.name for a in node.target._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return {**{n: None for n in names}, **default_arguments(node.target), **given}
+    return {**dict.fromkeys(names), **default_arguments(node.target), **given}
 
 
 def default_arguments(target: Any) -> dict[str, Any]:

