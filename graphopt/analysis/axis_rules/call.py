@@ -14,7 +14,7 @@ from graphopt.analysis.axis_rules.sizes import Shape, Size, size_of
 
 MixKind = Literal[
     "reduce", "contract", "normalise", "softmax", "convolve", "resample", "scan", "sort",
-    "reindex", "join", "scalar",
+    "reindex", "join",
 ]  # fmt: skip
 
 
@@ -137,14 +137,33 @@ class Call:
         """The first argument of these names that this overload has."""
         return next((self.args[name] for name in names if name in self.args), default)
 
+    def beside(self, node: Node, states: Mapping[Any, Any] | None = None) -> Call:
+        """Another node of the same graph, seen with other states."""
+        return Call(node, states or {}, self._shapes)
+
+    @property
+    def op(self) -> str:
+        """The operator's name without namespace and overload: ``max_pool2d``."""
+        return str(self.node.target._schema.name).partition("::")[2]  # type: ignore[union-attr]
+
     @property
     def main(self) -> Node:
         """The first tensor argument."""
         found: Node = next(v for v in self.args.values() if isinstance(v, Node))
         return found
 
+    @property
+    def tensors(self) -> list[Node]:
+        """The tensor arguments, lists of tensors flattened."""
+        listed = [v if isinstance(v, (list, tuple)) else [v] for v in self.args.values()]
+        return [v for values in listed for v in values if is_tensor(v)]
+
     def state(self, node: Any) -> State:
         return self.states.get(node) if isinstance(node, Node) else None
+
+    def places(self, node: Any) -> tuple[Placement, ...]:
+        state = self.state(node)
+        return state.places if state else ()
 
     def shape(self, node: Node) -> Shape:
         return self._shapes.of(node)[0]
@@ -160,6 +179,11 @@ class Call:
     def size(self, value: Any) -> Size:
         """A size argument: an integer, a ``SymInt`` or the node that computes one."""
         return size_of(value.meta["val"] if isinstance(value, Node) else value)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a node that holds one tensor."""
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
 class Shapes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from graphopt.analysis.axis_rules.placement import Leg, Placement
 from graphopt.analysis.axis_rules.sizes import Shape, Size, Untrackable, product, quotient, tidy
@@ -31,7 +32,7 @@ def factors(old: Placement, shape: Shape) -> list[list[Factor]]:
     for dim, size in enumerate(shape):
         legs = old.on(dim)
         row = [Factor(legs[0].outer if legs else size)]
-        for leg, below in zip(legs, (*legs[1:], None), strict=True):
+        for leg, below in zip_longest(legs, legs[1:]):
             inside = product((below.size, below.inner)) if below else 1
             gap = quotient(leg.inner, inside)
             if gap is None:

@@ -7,8 +7,9 @@ one broadcasts and carries nothing. Names are any hashables; ``None`` stands for
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch.fx import Node
 
@@ -17,18 +18,22 @@ from graphopt.analysis.axis_rules.fold import reshape
 from graphopt.analysis.axis_rules.placement import Placement
 from graphopt.analysis.axis_rules.sizes import Shape, Untrackable
 
-Label = Hashable
-Labels = Sequence[Label]
+Label: TypeAlias = Hashable
+Labels: TypeAlias = Sequence[Label]
 MAX_PLACES = 2
 
 
 @dataclass(frozen=True)
 class Term:
-    """A tensor and the names of its dims; ``shape``: view it so first (``(C,) -> (groups, c)``)."""
+    """A tensor and the names of its dims.
+
+    ``shape``: view it so first (``(C,) -> (groups, c)``); ``change``: then move its placement.
+    """
 
     node: Node | None
     labels: Labels
     shape: Shape | None = None
+    change: Callable[[Placement], Placement] = lambda place: place
 
 
 def term(node: Node | None, *labels: Label) -> Term:
@@ -93,7 +98,7 @@ def _places(call: Call, operand: Term) -> list[Placement]:
     if state is None or operand.node is None:
         return []
     shape = call.shape(operand.node)
-    return [reshape(p, shape, operand.shape or shape) for p in state.places]
+    return [operand.change(reshape(p, shape, operand.shape or shape)) for p in state.places]
 
 
 def _find_mix(

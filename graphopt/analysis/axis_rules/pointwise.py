@@ -19,12 +19,6 @@ def trailing(rank: int) -> tuple[int, ...]:
     return tuple(range(-rank, 0))
 
 
-def tensors(values: Iterable[object]) -> list[Node]:
-    """The tensors among arguments, lists of tensors flattened."""
-    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
-    return [v for v in flat if isinstance(v, Node) and hasattr(v.meta.get("val"), "shape")]
-
-
 def spread(call: Call, operands: Iterable[Node], *, random: bool = False) -> Outcome:
     """Broadcast ``operands`` against each other into every result of full rank."""
     nodes = list(operands)
@@ -52,7 +46,7 @@ def _empty(shape: Shape) -> bool:
     "special_log1p", "fake_quantize_per_tensor_affine",
 )  # fmt: skip
 def elementwise(call: Call) -> Outcome:
-    return spread(call, tensors(call.args.values()))
+    return spread(call, call.tensors)
 
 
 @rule(
@@ -74,7 +68,7 @@ def copy(call: Call) -> Outcome:
 
 @rule("fill.Scalar", "fill.Tensor", "zero")
 def fill(call: Call) -> Outcome:
-    return spread(call, [call.main, *tensors([call.get("value")])])
+    return spread(call, call.tensors)
 
 
 @rule("prelu", "_prelu_kernel")
@@ -92,4 +86,4 @@ def prelu(call: Call) -> Outcome:
 def noise(call: Call) -> Outcome:
     """Elementwise with random draws, unless the call is in inference mode."""
     quiet = call.get("train", "training", default=True) is False or call.get("p") == 0
-    return spread(call, tensors(call.args.values()), random=not quiet)
+    return spread(call, call.tensors, random=not quiet)

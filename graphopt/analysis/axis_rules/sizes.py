@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 from torch import SymInt
 
-Size = int | sympy.Expr
-Shape = tuple[Size, ...]
+Size: TypeAlias = int | sympy.Expr
+Shape: TypeAlias = tuple[Size, ...]
 
 
 class Untrackable(Exception):  # noqa: N818 - a verdict on one operation, not an error of the user

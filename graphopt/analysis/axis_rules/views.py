@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from graphopt.analysis.axis_rules.cut import repeat as repeat_dim
 from graphopt.analysis.axis_rules.fold import reshape
 from graphopt.analysis.axis_rules.labels import Term, combine
 from graphopt.analysis.axis_rules.placement import Placement
-from graphopt.analysis.axis_rules.sizes import product
+from graphopt.analysis.axis_rules.sizes import product, quotient
 
 Change = Callable[[Placement], Placement]
 
@@ -33,8 +34,10 @@ def on_axis(call: Call, *dims: int) -> bool:
     return state is not None and any(set(dims) & set(p.dims) for p in state.places)
 
 
-def positive(dim: int, rank: int) -> int:
-    return dim % rank if rank else 0
+def dims_of(call: Call, dims: int | Iterable[int]) -> tuple[int, ...]:
+    """Dims of the first argument counted from the front."""
+    rank = max(call.rank(call.main), 1)
+    return tuple(dim % rank for dim in ([dims] if isinstance(dims, int) else dims))
 
 
 def _fold(call: Call, *, as_is: bool) -> Outcome:
@@ -42,10 +45,12 @@ def _fold(call: Call, *, as_is: bool) -> Outcome:
     return relocate(call, lambda place: reshape(place, source, target), as_is=as_is)
 
 
-@rule("unsqueeze", "squeeze.dim", "squeeze.dims", "atleast_1d", "atleast_2d")
+@rule("unsqueeze", "squeeze.dim", "squeeze.dims")
 def insert(call: Call) -> Outcome:
-    """Dims of size one come and go; the call names no size."""
-    return _fold(call, as_is=True)
+    """Dims of size one come and go; a squeezed dim that holds the axis must not become one."""
+    dims = call["dim"] if isinstance(call["dim"], (list, tuple)) else [call["dim"]]
+    squeezed = call.rank(call.main) >= len(call.results[0])
+    return _fold(call, as_is=not (squeezed and on_axis(call, *dims_of(call, dims))))
 
 
 @rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten.using_ints", "unflatten.int",
@@ -59,8 +64,9 @@ def view(call: Call) -> Outcome:
       "movedim.intlist", "moveaxis.int", "moveaxis.intlist", "swapaxes", "swapdims")  # fmt: skip
 def permute(call: Call) -> Outcome:
     """The order of dims, read off a run on a meta tensor whose sizes name its dims."""
-    probe = torch.empty(range(1, call.rank(call.main) + 1), device="meta")
-    order = call.node.target(probe, *call.node.args[1:], **call.node.kwargs).shape
+    probe = torch.empty(tuple(range(1, call.rank(call.main) + 1)), device="meta")
+    permuted: Any = call.node.target
+    order = permuted(probe, *call.node.args[1:], **call.node.kwargs).shape
     return relocate(call, lambda place: place.moved({size - 1: k for k, size in enumerate(order)}))
 
 
@@ -98,7 +104,7 @@ def repeat_interleave(call: Call) -> Outcome:
     """Each position of ``dim`` repeated in place; without ``dim`` the tensor is flattened first."""
     dim, shape = call["dim"], call.shape(call.main)
     flat = shape if dim is not None else (product(shape),)
-    axis = positive(dim, len(shape)) if dim is not None else 0
+    axis = dims_of(call, dim)[0] if dim is not None else 0
     times = call.size(call["repeats"])
     return relocate(
         call,
@@ -115,7 +121,7 @@ def pixel_shuffle(call: Call) -> Outcome:
     channels = call.results[0][-3]
     source = Term(call.main, [*names, "c", "i", "j", "h", "w"], (*lead, channels, r, r, h, w))
     target = Term(None, [*names, "c", "h", "i", "w", "j"], (*lead, channels, h, r, w, r))
-    return combine(call, [source], [target], fixed="c")
+    return combine(call, [source], [target], fixed=("c", "i", "j"))
 
 
 @rule("pixel_unshuffle")
@@ -125,18 +131,18 @@ def pixel_unshuffle(call: Call) -> Outcome:
     names, (h, w) = [*range(len(lead))], call.results[0][-2:]
     source = Term(call.main, [*names, "c", "h", "i", "w", "j"], (*lead, c, h, r, w, r))
     target = Term(None, [*names, "c", "i", "j", "h", "w"], (*lead, c, r, r, h, w))
-    return combine(call, [source], [target], fixed="hw")
+    return combine(call, [source], [target], fixed=("h", "w"))
 
 
 @rule("channel_shuffle")
 def channel_shuffle(call: Call) -> Outcome:
     """``(N, (groups, c), *) -> (N, (c, groups), *)``."""
     groups, (n, channels, *rest) = call["groups"], call.shape(call.main)
-    split = (groups, call.size(channels) // groups)
+    split = (groups, quotient(channels, groups) or 0)
     names = [*range(len(rest))]
     source = Term(call.main, ["n", "g", "c", *names], (n, *split, *rest))
     target = Term(None, ["n", "c", "g", *names], (n, *split[::-1], *rest))
-    return combine(call, [source], [target], fixed="gc")
+    return combine(call, [source], [target], fixed=("g", "c"))
 
 
 @rule("view_as_real", "view_as_complex", "view.dtype")
