@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,11 @@ from graphopt.emit.exported import to_exported
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError, LoadError
 from graphopt.files import atomic_path
+from graphopt.program import Program
 from graphopt.report.model import Report
+
+if TYPE_CHECKING:
+    from graphopt.loading import LoadedModel
 
 SIDE_FILE = "graphopt.json"
 FORMAT = 1
@@ -60,27 +64,36 @@ def load(path: str | Path) -> OptimizedModule:
     Raises:
         LoadError: the file is unsafe, damaged, or not an exported program.
     """
-    from graphopt.capture import from_exported
     from graphopt.loading import load_model
 
-    loaded = load_model(Path(path))
-    if loaded.exported is None:
-        raise LoadError(
-            f"{Path(path).name} is a {loaded.kind}, not an exported program",
-            where=str(path),
-            fix="load a file that graphopt.save or torch.export.save wrote",
-        )
+    loaded = load_model(path)
+    program = program_of(loaded)
     facts = _facts(loaded)
-    program = from_exported(
-        loaded.exported,
-        training=bool(facts.get("training", False)),
-        frozen=bool(facts.get("frozen", True)),
-    )
-    program.name = str(facts.get("name", Path(path).stem))
     report = Report.from_dict(facts["report"]) if "report" in facts else Report(program.name)
     return OptimizedModule(program, report)
 
 
-def _facts(loaded: Any) -> dict[str, Any]:
-    text = (loaded.extra_files or {}).get(SIDE_FILE)
+def program_of(loaded: LoadedModel) -> Program:
+    """The program of a loaded ``.pt2``; its example inputs are those it was exported with.
+
+    Raises:
+        LoadError: the file is of another kind.
+    """
+    from graphopt.capture import from_exported
+
+    if loaded.exported is None:
+        raise LoadError(
+            f"{loaded.source.name} is a {loaded.kind}, not an exported program",
+            where=str(loaded.source),
+            fix="load a file that graphopt.save or torch.export.save wrote",
+        )
+    facts = _facts(loaded)
+    training, frozen = bool(facts.get("training", False)), bool(facts.get("frozen", True))
+    program = from_exported(loaded.exported, training=training, frozen=frozen)
+    program.name = str(facts.get("name", loaded.source.stem))
+    return program
+
+
+def _facts(loaded: LoadedModel) -> dict[str, Any]:
+    text = loaded.extra_files.get(SIDE_FILE)
     return json.loads(text) if text else {}

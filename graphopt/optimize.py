@@ -68,7 +68,8 @@ def compile(
         from graphopt.backend import compile_dynamic
 
         return compile_dynamic(model, options)
-    program, eager = _capture(model, example_inputs, example_kwargs, dynamic_shapes, options)
+    options.progress("capture")
+    program, eager = capture_model(model, example_inputs, example_kwargs, dynamic_shapes)
     return optimize_program(program, options, eager=eager, original=model)
 
 
@@ -82,7 +83,7 @@ def explain(
 ) -> Report:
     """The report `compile` would give, with the model left as it is."""
     options = Options(passes)
-    program, eager = _capture(model, example_inputs, example_kwargs, dynamic_shapes, options)
+    program, eager = capture_model(model, example_inputs, example_kwargs, dynamic_shapes)
     return rewrite_program(program, options, eager)[1]
 
 
@@ -98,14 +99,13 @@ def _check_target(target: str, providers: Sequence[str] | None) -> None:
         )
 
 
-def _capture(
+def capture_model(
     model: nn.Module,
     args: Sequence[Any] | None,
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
-    options: Options,
 ) -> tuple[Program, list[Any]]:
-    options.progress("capture")
+    """Capture a module, and run it once: the program and the module's own flat outputs."""
     args = (args,) if isinstance(args, Tensor) else tuple(args or ())
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return program, _eager_outputs(model, args, dict(kwargs or {}))

@@ -1,0 +1,113 @@
+"""``graphopt optimize MODEL -o OUT``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from graphopt.cli.console import print_json, progress
+from graphopt.cli.options import json_option, model_options, recipe_options
+from graphopt.cli.subject import Subject, load_subject, options_from
+from graphopt.emit.module import OptimizedModule
+from graphopt.errors import GraphoptError
+
+WRITABLE = (".pt2", ".onnx", ".html", ".json", ".yaml")
+
+
+@click.command("optimize")
+@model_options
+@recipe_options
+@json_option
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="Where to write; the ending decides what: .pt2 (module), .onnx, .html or .json (report), "
+    ".yaml (recipe). May be repeated. Default: NAME.optimized.pt2.",
+)
+@click.option(
+    "--target", type=click.Choice(["torch", "inductor"]), default="torch", show_default=True
+)
+def command(
+    model: str,
+    inputs: str | None,
+    arch: str | None,
+    trust_pickle: bool,
+    train: bool,
+    recipe: str,
+    passes: tuple[str, ...],
+    strict: bool,
+    measure: bool,
+    calibration: str | None,
+    as_json: bool,
+    outputs: tuple[str, ...],
+    target: str,
+) -> None:
+    """Rewrite MODEL, verify the result, write it and report.
+
+    MODEL is a state dict (with --arch), TorchScript, a .pt2, or a Hugging Face folder.
+    """
+    from graphopt.optimize import optimize_program
+
+    with progress("optimize", quiet=as_json) as step:
+        step("load")
+        subject = load_subject(model, inputs, arch, trust_pickle, train)
+        targets = _targets(outputs, subject)
+        options = options_from(recipe, passes, strict, measure, calibration)
+        options = replace(options, target=target, progress=step)
+        step("capture")
+        program, eager = subject.capture()
+        module = optimize_program(program, options, eager=eager, original=subject.module)
+        module.report.notes += subject.notes
+        for path in targets:
+            step(f"write {path.name}")
+            _write(module, path)
+    if as_json:
+        facts = module.report.to_dict()
+        print_json({"written": [str(p) for p in targets], "report": facts})
+    else:
+        module.report.print()
+        for path in targets:
+            click.echo(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _targets(outputs: tuple[str, ...], subject: Subject) -> list[Path]:
+    paths = [Path(o) for o in outputs] or [Path(f"{subject.name}.optimized.pt2")]
+    for path in paths:
+        if path.suffix not in WRITABLE:
+            raise GraphoptError(
+                f"cannot tell what to write from the ending {path.suffix!r}",
+                where=str(path),
+                fix=f"use one of {', '.join(WRITABLE)}",
+            )
+        if not path.parent.is_dir():
+            raise GraphoptError("the folder does not exist", where=str(path.parent))
+    return paths
+
+
+def _write(module: OptimizedModule, path: Path) -> None:
+    import graphopt
+
+    if path.suffix == ".pt2":
+        graphopt.save(module, path)
+    elif path.suffix == ".onnx":
+        graphopt.export_onnx(module, path)
+    elif path.suffix == ".html":
+        module.report.to_html(path)
+    elif path.suffix == ".json":
+        module.report.to_json(path)
+    else:
+        _write_recipe(module, path)
+
+
+def _write_recipe(module: OptimizedModule, path: Path) -> None:
+    import yaml
+
+    from graphopt.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump({"passes": module.report.recipe}, sort_keys=False))
