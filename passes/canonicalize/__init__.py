@@ -1,0 +1,31 @@
+"""One form for what can be written in many ways, and nothing of what capture leaves behind.
+
+Every other pass matches what this one leaves: no asserts on dtypes, no copies or views that change
+nothing, chains of views merged, one spelling per operation, and products with weights as ``linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphopt.passes.canonicalize import asserts, copies
+from graphopt.rewrite import Pass, Rule
+
+__all__ = ["Canonicalize"]
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Bring the program into the form that other passes match."""
+
+    def rules(self) -> Sequence[Rule]:
+        return (
+            asserts.MetadataAssert(),
+            asserts.TrueAssert(),
+            copies.PlainCopy(),
+            copies.CopyBeforeReshape(),
+            copies.WholeWrite(),
+            copies.WriteOfItself(),
+            copies.ReadOfWrite(),
+        )
