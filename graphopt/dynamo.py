@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 
@@ -49,7 +49,7 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
         _outputs(flat.graph, signature, mutated),
         frozen=False,
         training=True,
-        example_inputs=tuple(example_inputs),
+        example_inputs=tuple(map(_concrete, example_inputs)),
         name=_model_name(graph_module),
     )
     program.graph.output_node().args = (program.results(),)
@@ -118,6 +118,6 @@ def _model_name(graph_module: fx.GraphModule) -> str:
     return "compiled_graph"
 
 
-def is_parameter(value: Any) -> bool:
-    """Whether an example input is a parameter of the model."""
-    return isinstance(value, nn.Parameter)
+def _concrete(value: Any) -> Any:
+    """The number behind a symbolic size of the call that is being compiled."""
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value

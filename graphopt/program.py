@@ -43,7 +43,7 @@ class OutputKind(StrEnum):
 
 @dataclass(frozen=True)
 class ProgramInput:
-    """One placeholder: its node name, its kind and, for state, the fully qualified name it lives at."""
+    """One placeholder: its node name, its kind and, for state, the name the tensor lives at."""
 
     name: str
     kind: InputKind
@@ -53,7 +53,7 @@ class ProgramInput:
 
 @dataclass(frozen=True)
 class ProgramOutput:
-    """One position of the output node; ``target`` names the buffer or user input that is updated."""
+    """One position of the output node; ``target`` names the buffer or input it updates."""
 
     kind: OutputKind
     target: str | None = None
@@ -109,7 +109,7 @@ class Program:
             trains or parameters may be replaced behind the program's back.
         training: the model was captured in training mode.
         example_inputs: flat user inputs of the capture, in placeholder order.
-        range_constraints: symbol -> range of sizes, where 1 is allowed unless the model excludes it.
+        range_constraints: symbol -> allowed sizes; 1 is among them unless the model excludes it.
         name: what reports call this program.
         assumptions: further conditions on sizes that every call must meet.
         axis_names: symbol -> the name under which the user declared the axis.
@@ -194,6 +194,22 @@ class Program:
                 wanted = entry.kind is InputKind.PARAMETER and self.tensor(node).requires_grad
             found |= {node.name} if wanted else set()
         return frozenset(found)
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether the node is a tensor the model owns: state, or a parameter that Dynamo lifted."""
+        entry = self.input_of(node)
+        if entry is None or entry.kind is not InputKind.USER:
+            return entry is not None
+        return isinstance(self._example_of(node), torch.nn.Parameter)
+
+    def _example_of(self, node: fx.Node) -> Any:
+        position = self._user_positions().get(node.name)
+        return None if position is None else self.example_inputs[position]
+
+    def _user_positions(self) -> dict[str, int]:
+        """Position among the user inputs, by placeholder name."""
+        names = (k for k, e in self.inputs.items() if e.kind is InputKind.USER)
+        return {name: i for i, name in enumerate(names)}
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether the node is state whose value cannot change between calls."""

@@ -17,12 +17,11 @@ SEED = 7041
 def symbols_of(program: Program) -> dict[sympy.Symbol, int]:
     """Symbols in the shapes of user inputs, and the sizes they had at capture."""
     found: dict[sympy.Symbol, int] = {}
-    pairs = zip(program.user_inputs(), program.example_inputs, strict=True)
-    for node, example in pairs:
-        if not isinstance(example, Tensor):
-            continue
-        for extent, size in zip(val(node).shape, example.shape, strict=True):
-            expression = getattr(getattr(extent, "node", None), "expr", None)
+    for node, example in zip(program.user_inputs(), program.example_inputs, strict=True):
+        tensor = isinstance(example, Tensor)
+        extents = val(node).shape if tensor else (val(node),)
+        for extent, size in zip(extents, example.shape if tensor else (example,), strict=True):
+            expression = _expression(extent)
             if isinstance(expression, sympy.Symbol):
                 found.setdefault(expression, int(size))
     return found
@@ -45,7 +44,7 @@ def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = No
 
 def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.Generator) -> Any:
     if not isinstance(example, Tensor):
-        return example
+        return example if _expression(fake) is None else _extent(fake, sizes)
     shape = [_extent(extent, sizes) for extent in fake.shape]
     if example.numel() == 0:
         return example.new_zeros(shape)
@@ -58,9 +57,14 @@ def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.G
     return example.detach().flatten()[index.to(example.device)]
 
 
+def _expression(extent: Any) -> Any:
+    """The symbolic expression behind a size, or ``None`` for a plain number."""
+    return getattr(getattr(extent, "node", None), "expr", None)
+
+
 def _extent(extent: Any, sizes: Mapping[Any, int]) -> int:
-    expression = getattr(getattr(extent, "node", None), "expr", None)
-    return int(expression.subs(sizes)) if expression is not None else int(extent)
+    expression = _expression(extent)
+    return int(extent) if expression is None else int(expression.subs(sizes))
 
 
 def unseen_sizes(program: Program) -> dict[sympy.Symbol, int]:
