@@ -195,21 +195,11 @@ class Program:
             found |= {node.name} if wanted else set()
         return frozenset(found)
 
-    def is_weight(self, node: fx.Node) -> bool:
-        """Whether the node is a tensor the model owns: state, or a parameter that Dynamo lifted."""
-        entry = self.input_of(node)
-        if entry is None or entry.kind is not InputKind.USER:
-            return entry is not None
-        return isinstance(self._example_of(node), torch.nn.Parameter)
-
-    def _example_of(self, node: fx.Node) -> Any:
-        position = self._user_positions().get(node.name)
-        return None if position is None else self.example_inputs[position]
-
-    def _user_positions(self) -> dict[str, int]:
-        """Position among the user inputs, by placeholder name."""
-        names = (k for k, e in self.inputs.items() if e.kind is InputKind.USER)
-        return {name: i for i, name in enumerate(names)}
+    def weights(self) -> frozenset[fx.Node]:
+        """Tensors the model owns: state, and parameters that Dynamo lifted to inputs."""
+        lifted = zip(self.user_inputs(), self.example_inputs, strict=False)
+        parameters = (n for n, v in lifted if isinstance(v, torch.nn.Parameter))
+        return frozenset((*self.state_nodes(), *parameters))
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether the node is state whose value cannot change between calls."""

@@ -26,9 +26,10 @@ class MergeSiblings(Rule):
 
     def find(self, program: Program) -> Iterator[Candidate]:
         groups: dict[tuple[fx.Node, Any], list[fx.Node]] = {}
+        weights = program.weights()
         for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
             weight = arguments(node)["weight"]
-            if program.target_of(weight) is not None:
+            if weight in weights:
                 groups.setdefault((node.args[0], val(weight).dtype), []).append(node)
         for siblings in groups.values():
             if len(siblings) > 1:
