@@ -202,12 +202,18 @@ def _check_replacement(match: Match, values: tuple[Any, ...]) -> None:
     if len(values) != len(match.roots):
         raise IllegalRewriteError(f"{len(values)} values for {len(match.roots)} outputs")
     for root, value in zip(match.roots, values, strict=True):
-        old, new = val(root), val(value)
-        if isinstance(old, Tensor) and (found := _difference(old, new)):
+        if found := _difference(val(root), val(value)):
             raise IllegalRewriteError(f"`{root.name}` would change: {found}", where=root.name)
 
 
-def _difference(old: Tensor, new: Any) -> str | None:
+def _difference(old: Any, new: Any) -> str | None:
+    if isinstance(old, list | tuple):
+        if not isinstance(new, list | tuple) or len(new) != len(old):
+            return f"{len(old)} values became {new!r}"
+        found = (_difference(a, b) for a, b in zip(old, new, strict=True))
+        return next(filter(None, found), None)
+    if not isinstance(old, Tensor):
+        return None
     if not isinstance(new, Tensor):
         return f"a tensor became {type(new).__name__}"
     if old.dtype != new.dtype:

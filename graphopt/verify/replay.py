@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from graphopt.program import Program
 from graphopt.rewrite.driver import Log, Rewrite
@@ -231,7 +232,8 @@ def _evaluate(piece: Subgraph, values: Sequence[Any]) -> tuple[tuple[Any, ...], 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         results = runner.run(*values, enable_io_processing=False)
-    return tuple(results), {n: runner.seen.get(inner.name) for n, inner in piece.names.items()}
+    made = {n: runner.seen.get(inner.name) for n, inner in piece.names.items()}
+    return tuple(pytree.tree_leaves(results)), made
 
 
 class _Recorder(fx.Interpreter):

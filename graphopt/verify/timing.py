@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphopt.rewrite.driver import Rewrite
 from graphopt.rewrite.rule import Profit
@@ -88,6 +89,7 @@ def _forward_backward(module: Callable[..., Any], values: Sequence[Any]) -> None
         for v in values
     ]
     with torch.enable_grad():
-        results = [r for r in module(*leaves) if isinstance(r, Tensor) and r.requires_grad]
+        made = pytree.tree_leaves(module(*leaves))
+        results = [r for r in made if isinstance(r, Tensor) and r.requires_grad]
         if results:
             torch.autograd.backward(results, [torch.ones_like(r) for r in results])

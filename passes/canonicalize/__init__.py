@@ -1,7 +1,7 @@
 """One form for what can be written in many ways, and nothing of what capture leaves behind.
 
 Every other pass matches what this one leaves: no asserts on dtypes, no copies or views that change
-nothing, chains of views merged, one spelling per operation, and products with weights as ``linear``.
+nothing, chains of views merged, one spelling per operation, products with weights as ``linear``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphopt.passes.canonicalize import asserts, copies
+from graphopt.passes.canonicalize import asserts, copies, dims, gradients, spelling, views
 from graphopt.rewrite import Pass, Rule
 
 __all__ = ["Canonicalize"]
@@ -28,4 +28,23 @@ class Canonicalize(Pass):
             copies.WholeWrite(),
             copies.WriteOfItself(),
             copies.ReadOfWrite(),
+            views.SameShape(),
+            views.RowMajorRoundTrip(),
+            views.ReshapeOfReshape(),
+            views.ReshapeForm(),
+            views.PermuteForm(),
+            views.PermuteOfPermute(),
+            views.ExpandOfExpand(),
+            views.SplitForm(),
+            views.NothingAdded(),
+            gradients.InertDetach(),
+            dims.DimForm(),
+            spelling.ScalarOverload(),
+            spelling.Square(),
+            spelling.Root(),
+            spelling.ReversedSub(),
+            spelling.SubNumber(),
+            spelling.DivPowerOfTwo(),
+            spelling.TimesOne(),
+            spelling.PlusNothing(),
         )

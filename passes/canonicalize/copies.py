@@ -27,6 +27,7 @@ from graphopt.rewrite.stride import same_layout
 
 aten = torch.ops.aten
 
+_COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
 _INNER: Any = {"name": "inner", "escapes": True}
 _LAYOUT_BOUND = frozenset(
     {aten.as_strided.default, aten.view.default, aten.view.dtype, aten.view_as_complex.default}
@@ -121,7 +122,7 @@ class WholeWrite(CopyFree):
 
 
 class WriteOfItself(CopyFree):
-    """``slice_scatter(x, x[a:b], a, b) = x``; the same for ``select``: writing back what was read."""
+    """``slice_scatter(x, x[a:b], a, b) = x``, as for ``select``: writing back what was read."""
 
     pattern = either(
         op(aten.slice_scatter.default, "x", op(aten.slice.Tensor, "x", ..., **_INNER), ...),
@@ -149,7 +150,7 @@ class WriteOfItself(CopyFree):
 
 
 class ReadOfWrite(CopyFree):
-    """``slice_scatter(old, x, a, b)[a:b] = x``; the same for ``select``: reading what was written."""
+    """``slice_scatter(old, x, a, b)[a:b] = x``, as for ``select``: reading what was written."""
 
     pattern = either(
         op(aten.slice.Tensor, op(aten.slice_scatter.default, "old", "x", ..., **_INNER), ...),

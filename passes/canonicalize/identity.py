@@ -1,4 +1,4 @@
-"""What canonicalization rules share: an exact identity on one or two nodes, and when copies count."""
+"""What canonicalization rules share: exact identities on a node or two, and when copies count."""
 
 from __future__ import annotations
 
