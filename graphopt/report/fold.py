@@ -188,7 +188,7 @@ class _Folder:
     def _item(self, bucket: _Bucket, depth: int) -> Item:
         if bucket.single:
             return bucket.nodes[0]
-        label = ".".join(bucket.path[depth:])
+        label = _label(bucket.path, depth)
         if bucket.line:
             label = bucket.line.replace("\\", "/").rpartition("/")[2]
         name = ".".join(bucket.path) + (f"@{label}" if bucket.line else "")
@@ -254,13 +254,20 @@ class _Folder:
         return self._in_parts(parts, path)
 
 
+def _label(path: tuple[str, ...], depth: int) -> str:
+    """The path below ``depth``; a mere number is said with the list it counts: ``layer.0``."""
+    numbered = depth < len(path) and path[depth].isdecimal()
+    return ".".join(path[depth - 1 if numbered and depth else depth :])
+
+
 def _joined(box: Box, items: list[Item]) -> Box:
     """``box`` around ``items``; around a single box, the two become one: ``layer.0 … 5``."""
     only = items[0] if len(items) == 1 else None
     if not isinstance(only, Box):
         box.items = items
         return box
-    return Box(box.name, f"{box.label}.{only.label}", only.kind, box.nodes, only.items)
+    inner = only.label.removeprefix(f"{box.label.rpartition('.')[2]}.")
+    return Box(box.name, f"{box.label}.{inner}", only.kind, box.nodes, only.items)
 
 
 def _alone(path: tuple[str, ...], nodes: Iterable[int]) -> Iterator[_Bucket]:

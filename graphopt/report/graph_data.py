@@ -48,23 +48,23 @@ def _graph(
     views: Sequence[NodeView], change: Mapping[str, Change], strings: Strings
 ) -> dict[str, Any]:
     position = {view.name: i for i, view in enumerate(views)}
-    nodes = [_node(view, change[view.name], position, strings) for view in views]
+    short = {source: short_source(source) for source in {v.source for v in views}}
+    nodes = [
+        [
+            view.name,
+            change[view.name].value,
+            [position[n] for n in view.inputs if n in position],
+            [strings(rule) for rule in view.rewritten_by],
+            *map(strings, (*_texts(view), short[view.source])),
+        ]
+        for view in views
+    ]
     return {"nodes": nodes, "boxes": _boxes(views, change) if views else []}
 
 
-def _node(
-    view: NodeView, change: Change, position: Mapping[str, int], strings: Strings
-) -> list[Any]:
-    """A row: name, change, inputs, then strings in the order the script names them."""
-    texts = (view.op, view.shape, view.module, view.source, view.literals, view.target)
-    return [
-        view.name,
-        change.value,
-        [position[n] for n in view.inputs if n in position],
-        [strings(rule) for rule in view.rewritten_by],
-        *map(strings, texts),
-        strings(short_source(view.source)),
-    ]
+def _texts(view: NodeView) -> tuple[str | None, ...]:
+    """In the order in which the script names them."""
+    return view.op, view.shape, view.module, view.source, view.literals, view.target
 
 
 def _boxes(views: Sequence[NodeView], change: Mapping[str, Change]) -> list[dict[str, Any]]:

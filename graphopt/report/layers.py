@@ -57,17 +57,23 @@ def _edges(box: Box, reads: Neighbours, users: Neighbours) -> set[Edge]:
 
 
 def _ranks(count: int, edges: Iterable[Edge]) -> dict[int, int]:
-    """Row of every number: longest path from the top; sources move down next to their users."""
+    """Row of every number: longest path from the top.
+
+    What does not depend on the top edge (constants, mostly) moves down next to its users.
+    """
     top, bottom = count, count + 1
     graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(count))
     graph.add_edges_from(edge for edge in edges if top not in edge and bottom not in edge)
-    entered = {b for a, b in edges if a == top}
     rows = list(nx.topological_generations(graph))
     ranks = {n: i + 1 for i, row in enumerate(rows) for n in row}
-    for node in reversed([n for row in rows for n in row]):
-        inward = graph.in_degree(node) + (node in entered)
-        if 0 < graph.out_degree(node) >= inward:
+    order = [n for row in rows for n in row]
+    hanging = {b for a, b in edges if a == top}
+    for node in order:
+        if not hanging.isdisjoint(graph.predecessors(node)):
+            hanging.add(node)
+    for node in reversed(order):
+        if node not in hanging and graph.out_degree(node):
             ranks[node] = min(ranks[user] for user in graph.successors(node)) - 1
     return ranks | {top: 0, bottom: max(ranks.values(), default=0) + 1}
 
@@ -96,11 +102,14 @@ def _sorted_rows(rows: Rows, edges: Iterable[Edge], ranks: Mapping[int, int]) ->
     for rank, upper, lower in {s for edge in edges for s in _segments(edge, ranks)}:
         above[rank + 1][lower].append(upper)
         below[rank][upper].append(lower)
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if max(map(len, rows)) > 1 else 0):
+        old = list(rows)
         for rank in range(1, len(rows)):
             rows[rank] = _by_barycentre(rows[rank], above[rank], rows[rank - 1])
         for rank in range(len(rows) - 2, -1, -1):
             rows[rank] = _by_barycentre(rows[rank], below[rank], rows[rank + 1])
+        if rows == old:
+            break
     return rows
 
 
@@ -115,6 +124,8 @@ def _segments(edge: Edge, ranks: Mapping[int, int]) -> list[tuple[int, int, int]
 def _by_barycentre(
     row: list[int], neighbours: Mapping[int, list[int]], fixed: Sequence[int]
 ) -> list[int]:
+    if len(row) < 2:
+        return row
     place = {n: i - (len(fixed) - 1) / 2 for i, n in enumerate(fixed)}
     mine = {n: i - (len(row) - 1) / 2 for i, n in enumerate(row)}
     means = {

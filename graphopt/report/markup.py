@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-VOID = frozenset({"br", "input", "meta"})
+VOID = frozenset({"br", "input", "meta", "wbr"})
 
 
 class Markup(str):
@@ -16,7 +16,7 @@ class Markup(str):
 
 
 def tag(name: str, *children: str, **attributes: str | bool | None) -> Markup:
-    """An element; ``class_`` spells ``class``, ``data_x`` spells ``data-x``, ``None`` is left out."""
+    """An element. ``class_`` spells ``class``, ``data_x`` ``data-x``; ``None`` is left out."""
     given = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in VOID:
         return Markup(f"<{name}{given}>")
@@ -26,6 +26,18 @@ def tag(name: str, *children: str, **attributes: str | bool | None) -> Markup:
 def join(*children: str) -> Markup:
     """Children in a row, escaped where they are plain text."""
     return Markup("".join(c if isinstance(c, Markup) else html.escape(c) for c in children))
+
+
+BREAK = tag("wbr")
+"""Where a long line may be broken."""
+
+
+def prose(text: str) -> Markup:
+    """Text in which names stand in backticks."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return join(text)
+    return join(*(tag("code", p) if i % 2 else p for i, p in enumerate(parts)))
 
 
 def _attribute(key: str, value: str | bool | None) -> str:

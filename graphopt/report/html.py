@@ -1,0 +1,229 @@
+"""The report as one HTML page that opens offline and loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from string import Template
+from urllib.parse import quote
+
+from graphopt.report.graph_data import graph_data
+from graphopt.report.groups import (
+    AppliedRule,
+    MissedReason,
+    Totals,
+    applied_rules,
+    missed_reasons,
+    totals,
+)
+from graphopt.report.markup import Markup, join, prose, script_data, tag
+from graphopt.report.model import Report
+from graphopt.report.serial import plain
+from graphopt.report.tables import (
+    Column,
+    applied_table,
+    badge,
+    certificates_table,
+    change,
+    meter,
+    missed_table,
+    option_text,
+    passes_table,
+    source_text,
+    table,
+)
+from graphopt.report.text import (
+    bytes_text,
+    certificate_text,
+    counted,
+    seconds_text,
+    speedup_text,
+    verdict_text,
+)
+
+SCRIPTS = (
+    "tables.js",
+    "graph_model.js",
+    "graph_layout.js",
+    "graph_canvas.js",
+    "graph_details.js",
+    "graph.js",
+    "page.js",
+)
+
+
+def render_html(report: Report) -> str:
+    """One self-contained page: summary, passes, rewrites, misses, certificates and both graphs.
+
+    Every name is escaped; the page's policy lets no script run but its own, and loads nothing.
+    """
+    script = "\n".join(map(_file, SCRIPTS))
+    return Template(_file("page.html")).substitute(
+        policy=_policy(script),
+        title=join(f"{report.model}: graphopt report"),
+        style=_file("page.css"),
+        model=join(report.model),
+        verdict=_verdict(report),
+        applied_count=str(len(report.applied)),
+        missed_count=str(len(report.missed)),
+        overview=_overview(report),
+        applied=_or(report.applied, applied_table(report), "Nothing was rewritten."),
+        missed=_or(report.missed, missed_table(report), "No candidate was left alone."),
+        certificates=_certificates(report),
+        details=_details(report),
+        data=script_data("graph-data", graph_data(report)),
+        script=script,
+    )
+
+
+def _file(name: str) -> str:
+    return resources.files("graphopt.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(script: str) -> str:
+    """The page's own script by its hash; no other, and nothing from anywhere."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src 'sha256-{digest}'",
+            "style-src 'unsafe-inline'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _verdict(report: Report) -> Markup:
+    state = "good" if report.verified else "bad" if report.whole else "open"
+    return tag("span", verdict_text(report), class_=f"verdict {state}")
+
+
+def _or(rows: Iterable[object], shown: Markup, otherwise: str) -> Markup:
+    return shown if rows else tag("p", otherwise, class_="empty")
+
+
+def _overview(report: Report) -> Markup:
+    return join(
+        tag("div", *_cards(totals(report)), class_="cards"),
+        tag("h2", "Passes"),
+        _or(report.passes, passes_table(report), "No pass ran."),
+        tag("h2", "Applied"),
+        _or(report.applied, _rules_table(report), "Nothing was rewritten."),
+        tag("h2", "Not rewritten"),
+        _or(report.missed, _reasons_table(report), "No candidate was left alone."),
+        *([tag("h2", "Notes"), _list(report.notes)] if report.notes else []),
+    )
+
+
+def _cards(found: Totals) -> Iterator[Markup]:
+    yield _card("kept", str(found.kept), f"of {found.matched} matched", "good")
+    yield _card("slower here", str(found.slower), "correct, but not kept", "warn")
+    yield _card("rolled back", str(found.rolled_back), "did not verify", "bad")
+    yield _card("refused", str(found.missed), "each with its reason")
+    if found.nodes:
+        yield _card("nodes", change(*map(str, found.nodes)), _percent(*found.nodes))
+    if found.bytes and any(found.bytes):
+        size = change(*map(bytes_text, found.bytes))
+        yield _card("parameters and buffers", size, _percent(*found.bytes))
+    if found.seconds:
+        yield _card("took", seconds_text(found.seconds), "verification included")
+
+
+def _card(name: str, value: str, remark: str, state: str = "") -> Markup:
+    state = "" if value == "0" else state
+    return tag(
+        "div",
+        tag("span", name, class_="name"),
+        tag("strong", value),
+        tag("span", remark, class_="remark"),
+        class_=f"card {state}",
+    )
+
+
+def _percent(before: int, after: int) -> str:
+    if before == after:
+        return "unchanged"
+    return f"{(after - before) / before:+.1%}" if before else ""
+
+
+def _rules_table(report: Report) -> Markup:
+    columns: list[Column[AppliedRule]] = [
+        Column("rule", lambda g: _filtered("applied", g.rule, g.rule)),
+        Column("pass", lambda g: g.pass_name),
+        Column("count", lambda g: str(len(g.rewrites)), lambda g: len(g.rewrites)),
+        Column(
+            "nodes",
+            lambda g: change(str(g.removed), str(g.added)),
+            lambda g: g.added - g.removed,
+        ),
+        Column("speedup", lambda g: speedup_text(g.speedup) or "not timed", lambda g: g.speedup),
+        Column("class", lambda g: g.worst.numeric),
+        Column("worst certificate", lambda g: join(meter(g.worst), certificate_text(g.worst))),
+    ]
+    return table(applied_rules(report), columns)
+
+
+def _reasons_table(report: Report) -> Markup:
+    columns: list[Column[MissedReason]] = [
+        Column("rule", lambda g: _filtered("missed", g.first.rule, g.first.rule)),
+        Column("count", lambda g: str(len(g.rewrites)), lambda g: len(g.rewrites)),
+        Column("outcome", lambda g: badge(g.first.stage)),
+        Column("reason", lambda g: prose(g.first.reason)),
+        Column("allowed by", lambda g: option_text(g.option)),
+        Column("first source line", lambda g: source_text(g.source)),
+    ]
+    return table(missed_reasons(report.missed), columns)
+
+
+def _filtered(tab: str, rule: str, text: str) -> Markup:
+    return tag("a", tag("b", text), href=f"#{tab}&rule={quote(rule, safe='')}")
+
+
+def _certificates(report: Report) -> Markup:
+    own = [a.certificate for a in report.applied]
+    return join(
+        tag("h2", "Whole program"),
+        _or(report.whole, certificates_table(report.whole), "The whole was not compared."),
+        tag("h2", "Rewrites"),
+        _or(own, certificates_table(own, searchable=True), "There are none."),
+        tag("p", _GLOSSARY, class_="faint"),
+    )
+
+
+_GLOSSARY = (
+    "Errors are against a float64 run, as RMS relative to the reference's RMS. Before: the error "
+    "of what stood there. Runs: sets of inputs, those of the capture, fresh ones, and sizes not "
+    "seen at capture."
+)
+
+
+def _details(report: Report) -> Markup:
+    recipe = json.dumps(plain(report.recipe), indent=2)
+    seconds = {name: seconds_text(value) for name, value in report.seconds.items()}
+    return join(
+        tag("h2", "Recipe"),
+        _or(report.recipe, tag("pre", recipe), "None was given."),
+        tag("h2", "Time"),
+        _or(report.seconds, _pairs(seconds), "Not measured."),
+        tag("h2", "Environment"),
+        _or(report.environment, _pairs(report.environment), "Not recorded."),
+        tag("p", f"Report schema {report.schema}, {_graph_sizes(report)}.", class_="faint"),
+    )
+
+
+def _graph_sizes(report: Report) -> str:
+    before, after = len(report.graph_before), len(report.graph_after)
+    return f"graphs of {counted(before, 'node')} before and {counted(after, 'node')} after"
+
+
+def _pairs(values: Mapping[str, str]) -> Markup:
+    return tag("dl", *(join(tag("dt", k), tag("dd", v)) for k, v in values.items()))
+
+
+def _list(lines: Iterable[str]) -> Markup:
+    return tag("ul", *(tag("li", line) for line in lines))
