@@ -10,7 +10,7 @@ stays near that of one forward pass.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,7 @@ class Replay(fx.Interpreter):
         self.missing = [0] * len(self.rewrites)
         self.uses: Counter[str] = Counter()
         self.differentiable = before.differentiable()
+        self.fixed = _fixed(before, self.differentiable)
         self._plan(graph)
 
     def _plan(self, graph: fx.Graph) -> None:
@@ -140,18 +141,29 @@ class Replay(fx.Interpreter):
             self._release(name)
 
     def _asked(self, piece: Subgraph) -> list[str]:
-        """Boundary inputs that gradients are compared for: activations, and live parameters."""
-        plain = [
-            n
-            for n, node in zip(piece.inputs, piece.sources, strict=True)
-            if node.op != "placeholder"
+        """Boundary inputs that gradients are compared for: whatever depends on one asked for."""
+        pairs = zip(piece.inputs, piece.sources, strict=True)
+        return [
+            name
+            for name, node in pairs
+            if name not in self.fixed and (node.op != "placeholder" or name in self.differentiable)
         ]
-        if self.program.frozen:
-            return plain + [n for n in piece.activations if n in self.differentiable]
-        return plain + [n for n in piece.inputs if n in self.differentiable]
 
     def _value(self, piece: Subgraph, name: str) -> Any:
         return piece.state[name] if name in piece.state else self.values[name]
+
+
+def _fixed(program: Program, differentiable: Collection[str]) -> frozenset[str]:
+    """Nodes that no gradient reaches: computed from constants, sizes and integers alone."""
+    state = {n.name for n in program.state_nodes()} if program.frozen else set()
+    reached = set(differentiable) - state
+    fixed = set()
+    for node in program.graph.nodes:
+        if node.name in reached or any(a.name in reached for a in node.all_input_nodes):
+            reached.add(node.name)
+        else:
+            fixed.add(node.name)
+    return frozenset(fixed)
 
 
 def judge(
