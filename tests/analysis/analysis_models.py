@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -123,8 +124,12 @@ def resnet(depth: int) -> nn.Module:
     return model
 
 
+@cache
 def exported(build: Callable[..., nn.Module], layers: int = 2, *, dynamic: bool = False) -> Any:
-    """The program of one of the models above on its standard input, and that input."""
+    """The program of one of the models above on its standard input, and that input.
+
+    Shared between tests: change only what ``graph_of`` makes of it.
+    """
     torch.manual_seed(0)
     model = build(layers)
     if build in (vit, resnet):

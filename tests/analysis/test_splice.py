@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -24,7 +23,6 @@ aten = torch.ops.aten
 MODELS = [(bert, False), (llama, False), (llama, True), (resnet, False), (t5, False)]
 
 
-@cache
 def program(build: Callable[..., nn.Module], dynamic: bool) -> tuple[Any, list[torch.Tensor]]:
     found, user = exported(build, dynamic=dynamic)
     return found, inputs_of(found, *user)
