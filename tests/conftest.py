@@ -13,6 +13,9 @@ import torch
 TESTS = Path(__file__).resolve().parent
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: more threads than that only wait for each other.
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +24,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("GRAPHOPT_DATA"),
         help="folder with weights/, images/ and text/ (default: the variable GRAPHOPT_DATA)",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave sweeps out unless ``-m`` names them; skip GPU tests where there is no GPU."""
+    asked = "sweep" in (config.option.markexpr or "")
+    swept = [item for item in items if item.get_closest_marker("sweep") and not asked]
+    if swept:
+        config.hook.pytest_deselected(items=swept)
+        items[:] = [item for item in items if item not in swept]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
