@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphopt.passes.canonicalize import asserts, copies, dims, gradients, spelling, views
+from graphopt.passes.canonicalize import asserts, copies, dims, gradients, linear, spelling, views
 from graphopt.rewrite import Pass, Rule
 
 __all__ = ["Canonicalize"]
@@ -47,4 +47,8 @@ class Canonicalize(Pass):
             spelling.DivPowerOfTwo(),
             spelling.TimesOne(),
             spelling.PlusNothing(),
+            linear.TransposedWeight(),
+            linear.PlainWeight(),
+            linear.BiasAfterLinear(),
+            linear.FlatLinear(),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,11 +53,16 @@ def copy_refusal(copy: fx.Node, source: fx.Node) -> Refusal | None:
     return None
 
 
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two rows of extents are equal for every input."""
+    if len(a) != len(b):
+        return False
+    return all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))
+
+
 def same_shape(a: Tensor, b: Tensor) -> bool:
     """Whether two shapes are equal for every input."""
-    if len(a.shape) != len(b.shape):
-        return False
-    return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+    return same_sizes(a.shape, b.shape)
 
 
 def same_value(a: fx.Node, b: Any) -> bool:

@@ -15,7 +15,7 @@ from graphopt.passes.canonicalize.identity import (
     is_floating,
     same_value,
 )
-from graphopt.rewrite import Builder, Example, Match, Refusal, either, num, op, var
+from graphopt.rewrite import Builder, Example, Match, Refusal, arguments, either, num, op, var
 
 aten = torch.ops.aten
 
@@ -42,7 +42,9 @@ class ScalarOverload(Identity):
     pattern = op(tuple(_TENSOR_OVERLOAD), "x", ...)
 
     def rewrite(self, match: Match, build: Builder) -> Any:
-        return build(_TENSOR_OVERLOAD[match.root.target], *match.root.args, **match.root.kwargs)
+        given = arguments(match.root)
+        alpha = {k: v for k, v in given.items() if k == "alpha" and v != 1}
+        return build(_TENSOR_OVERLOAD[match.root.target], match["x"], given["other"], **alpha)
 
     def examples(self) -> Iterable[Example]:
         yield case("add", lambda x: aten.add.Scalar(x, 2, 3))
@@ -101,8 +103,8 @@ class ReversedSub(Identity):
     pattern = op(aten.rsub.Tensor, "x", "y", ...)
 
     def rewrite(self, match: Match, build: Builder) -> Any:
-        x, y, *alpha = match.root.args
-        return build(aten.sub.Tensor, y, x, *alpha, **match.root.kwargs)
+        alpha = arguments(match.root)["alpha"]
+        return build(aten.sub.Tensor, match["y"], match["x"], alpha=alpha)
 
     def examples(self) -> Iterable[Example]:
         yield case("rsub", lambda x: torch.rsub(x, x.sin()))

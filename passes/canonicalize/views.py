@@ -112,7 +112,7 @@ class ReshapeOfReshape(Identity):
 class ReshapeForm(Identity):
     """``view(x, s) = reshape(x, s)``, which does not depend on how ``x`` lies in memory.
 
-    Capture fixes ``view`` where the strides it saw allow one; an attention kernel chosen at run time
+    Capture fixes ``view`` where the strides it saw allow one; the attention kernel that runs later
     may return others.
     """
 
