@@ -49,10 +49,12 @@ def read_checkpoint(archive: Archive, folder: str = "data") -> CheckpointFacts:
     The pickle is the record ``FOLDER.pkl``, the storages lie in ``FOLDER/``.
     """
     where = archive.where
+    findings = [*structure_findings(archive), *root_findings(archive)]
+    if findings:
+        return CheckpointFacts(findings=tuple(findings))
     with reading(where):
         facts = read_pickle(io.BytesIO(archive.read(f"{folder}.pkl")))
     sizes = {name: m.size for name, m in archive.records.items()}
-    findings = [*structure_findings(archive), *root_findings(archive)]
     for storage in facts.storages:
         held = sizes.get(f"{folder}/{storage.key}")
         findings += _storage_findings(storage, held, where)

@@ -16,7 +16,7 @@ from graphopt.loading.checkpoint import CheckpointFacts, read_checkpoint, read_l
 from graphopt.loading.facts import FileFacts, TensorFacts, ValueFacts
 from graphopt.loading.findings import Finding, Limits, reading
 from graphopt.loading.gguf_files import read_gguf
-from graphopt.loading.huggingface import folder_findings, read_config, weight_files
+from graphopt.loading.hf_folder import folder_findings, read_config, weight_files
 from graphopt.loading.inert import TensorRef
 from graphopt.loading.onnx_facts import onnx_metadata, onnx_operators, onnx_tensor, onnx_value
 from graphopt.loading.onnx_files import external_findings, read_onnx

@@ -56,7 +56,8 @@ def check_external_data(path: str | Path, limits: Limits | None = None) -> tuple
     """
     path = Path(path)
     model = read_onnx(path)
-    refuse(external_findings(model, path, limits or Limits.from_env()))
+    with reading(path):
+        refuse(external_findings(model, path, limits or Limits.from_env()))
     files = (path.parent / location(tensor).get("location", "") for tensor in _external(model))
     return tuple(dict.fromkeys(files))
 
@@ -65,7 +66,9 @@ def external_findings(model: Any, path: Path, limits: Limits) -> Iterator[Findin
     """What is wrong with the external data of a parsed model."""
     for tensor in _external(model):
         entries = location(tensor)
-        if reason := _reason(entries, path, limits) or _shape_reason(tensor, entries, path):
+        if len(entries) != len(tensor.external_data):
+            yield Finding("an entry of the external data is there twice", f"{path}, {tensor.name}")
+        elif reason := _reason(entries, path, limits) or _shape_reason(tensor, entries, path):
             yield Finding(reason, f"{path}, tensor {tensor.name!r:.80}")
 
 
@@ -108,13 +111,7 @@ def _external(model: Any) -> Iterator[Any]:
 
 def _reason(entries: dict[str, str], path: Path, limits: Limits) -> str | None:
     text = entries.get("location", "")
-    if (
-        not text
-        or Path(text).is_absolute()
-        or ".." in Path(text).parts
-        or "\\" in text
-        or ":" in text
-    ):
+    if not _is_below(text):
         return f"the external data {text!r:.80} is not a path below the model's folder"
     file = path.parent / text
     folders = (path.parent.resolve(), path.resolve().parent)  # a model may itself be a link
@@ -126,6 +123,12 @@ def _reason(entries: dict[str, str], path: Path, limits: Limits) -> str | None:
     if size > limits.total_bytes:
         return f"the external data has {size} bytes, over {env_name('total_bytes')}"
     return _range_reason(entries, size)
+
+
+def _is_below(text: str) -> bool:
+    """Whether a location is a relative path that cannot climb, on any system."""
+    plain = text.isprintable() and not set(text) & set("\\:")
+    return bool(text) and plain and not Path(text).is_absolute() and ".." not in Path(text).parts
 
 
 def _range_reason(entries: dict[str, str], size: int) -> str | None:

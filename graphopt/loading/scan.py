@@ -65,8 +65,9 @@ def _checkpoint_findings(archive: Archive) -> Iterator[Finding]:
 
 
 def _plain_findings(archive: Archive) -> Iterator[Finding]:
-    yield from structure_findings(archive)
-    for member in archive.members:
+    structure = list(structure_findings(archive))
+    yield from structure
+    for member in () if structure else archive.members:
         with archive.zip.open(member.name) as opened:
             if opened.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
                 where = f"{archive.where}, member {member.name}"
@@ -74,9 +75,8 @@ def _plain_findings(archive: Archive) -> Iterator[Finding]:
 
 
 def _script_findings(archive: Archive) -> Iterator[Finding]:
-    yield from structure_findings(archive)
-    yield from root_findings(archive)
-    yield from torchscript_findings(archive)
+    structure = [*structure_findings(archive), *root_findings(archive)]
+    yield from structure or torchscript_findings(archive)
 
 
 _SCANS: dict[str, Callable[[Archive], Iterator[Finding]]] = {

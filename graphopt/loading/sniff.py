@@ -43,7 +43,8 @@ def sniff(path: Path, limits: Limits) -> str:
     if head.startswith(ZIP_MAGIC):
         with open_archive(path, limits=limits) as archive:
             return archive.kind
-    return _by_head(head, path)
+    with reading(path):
+        return _by_head(head, path)
 
 
 def _by_head(head: bytes, path: Path) -> str:
@@ -54,7 +55,7 @@ def _by_head(head: bytes, path: Path) -> str:
         return "gguf"
     if head[8:9] == b"{":
         return "safetensors"
-    if head[0] == 0x80 and head[1] <= 5:
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return "legacy"
     if tarfile.is_tarfile(path):
         raise LoadError(

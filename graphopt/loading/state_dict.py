@@ -20,6 +20,7 @@ from graphopt.loading.findings import printable
 _NESTS = (
     "state_dict",
     "model_state_dict",
+    "model_state",
     "model",
     "module",
     "params",

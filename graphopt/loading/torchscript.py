@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from graphopt.loading.archive import Archive, open_archive
+from graphopt.loading.archive import Archive, open_archive, root_findings, structure_findings
 from graphopt.loading.checkpoint import read_checkpoint
 from graphopt.loading.findings import Finding, Limits, reading, refuse
 from graphopt.loading.operators import REACHING_OPERATORS, registered_reason
@@ -50,6 +50,8 @@ def code_reasons(code: str) -> Iterator[str]:
     except (tokenize.TokenError, SyntaxError) as error:
         yield f"the code cannot be read: {error}"
         return
+    if any(t.type == tokenize.ERRORTOKEN and t.string.strip() for t in tokens):
+        yield "the code cannot be read"
     words = [t for t in tokens if t.type not in _SKIPPED]
     named = {t.string for t in words if t.type == tokenize.NAME} | set(_texts(words))
     for name in sorted(named & _REACHING_NAMES):
@@ -58,7 +60,8 @@ def code_reasons(code: str) -> Iterator[str]:
     for namespace in sorted(set(re.findall(r"\btorch\.classes\.(\w+)", flat)) - _CLASS_NAMESPACES):
         yield f"the code builds a native object of torch.classes.{namespace}"
     for namespace, name in sorted(set(re.findall(r"\bops\.(\w+)\.(\w+)", flat))):
-        if reason := registered_reason(namespace, name, "default"):
+        reason = registered_reason(namespace, name, "default")
+        if reason and namespace != "prim":  # TorchScript's own: dtype, NumToTensor, RaiseException
             yield reason
 
 
@@ -81,7 +84,8 @@ def load_torchscript(path: Path, *, trusted: bool, limits: Limits) -> torch.jit.
     """
     with reading(path), path.open("rb") as file:
         with open_archive(file, str(path), limits) as archive:
-            found = list(torchscript_findings(archive))
+            refuse([*structure_findings(archive), *root_findings(archive)])
+            found = torchscript_findings(archive)
             refuse(f for f in found if f.fix != _FIX or not trusted)
         file.seek(0)
         module: torch.jit.ScriptModule = torch.jit.load(file, map_location="cpu")
