@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from graphopt.emit.exported import to_exported
 from graphopt.emit.module import OptimizedModule
@@ -91,6 +92,7 @@ def program_of(loaded: LoadedModel) -> Program:
     training, frozen = bool(facts.get("training", False)), bool(facts.get("frozen", True))
     program = from_exported(loaded.exported, training=training, frozen=frozen)
     program.name = str(facts.get("name", loaded.source.stem))
+    program.example_inputs = tuple(pytree.tree_leaves(loaded.exported.example_inputs or ((), {})))
     return program
 
 

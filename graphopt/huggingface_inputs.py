@@ -1,16 +1,19 @@
-"""Example inputs of a Hugging Face model, from its config and, where there is one, its tokenizer."""
+"""Example inputs of a Hugging Face model, from its config and its tokenizer, if it has one."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, LoadError
 from graphopt.inputs import SEED, Inputs
+
+if TYPE_CHECKING:
+    from graphopt.loading import LoadedModel
 
 SENTENCES = (
     "A graph rewrite must compute what the original computes.",
@@ -38,6 +41,14 @@ def huggingface_inputs(model: nn.Module, tokenizer: Callable[..., Any] | None = 
         f"cannot guess inputs for {type(model).__name__} (main input {main!r})",
         fix="name them: --inputs 'NAME:DTYPE[DIM,...]'",
     )
+
+
+def tokenizer_of(loaded: LoadedModel) -> Any:
+    """The folder's tokenizer, or ``None`` where it has none that can be loaded."""
+    try:
+        return loaded.tokenizer()
+    except LoadError:
+        return None
 
 
 def _text(model: nn.Module, names: set[str], tokenizer: Callable[..., Any] | None) -> Inputs:

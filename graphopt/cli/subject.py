@@ -67,22 +67,14 @@ def _inputs(loaded: LoadedModel, module: nn.Module, inputs: str | None) -> Input
     if inputs is not None:
         return from_file(inputs) if Path(inputs).is_file() else from_spec(inputs, module)
     if loaded.kind == "huggingface":
-        from graphopt.huggingface_inputs import huggingface_inputs
+        from graphopt.huggingface_inputs import huggingface_inputs, tokenizer_of
 
-        return huggingface_inputs(module, _tokenizer(loaded))
+        return huggingface_inputs(module, tokenizer_of(loaded))
     raise GraphoptError(
         "the model needs example inputs",
         where=str(loaded.source),
         fix="--inputs 'NAME:DTYPE[DIM,...]', such as --inputs 'x:float32[batch,3,224,224]'",
     )
-
-
-def _tokenizer(loaded: LoadedModel) -> Any:
-    """The folder's tokenizer, where it has one that can be loaded."""
-    try:
-        return loaded.tokenizer()
-    except LoadError:
-        return None
 
 
 def _from_pt2(loaded: LoadedModel) -> Program:

@@ -1,0 +1,63 @@
+"""``graphopt bench MODEL``: eager, torch.compile and graphopt, interleaved in one run."""
+
+from __future__ import annotations
+
+import click
+
+from graphopt.cli.console import print_json, progress
+from graphopt.cli.options import json_option, model_options, recipe_options
+from graphopt.cli.subject import load_subject, options_from
+from graphopt.errors import GraphoptError
+
+
+@click.command("bench")
+@model_options
+@recipe_options
+@json_option
+@click.option("--rounds", type=click.IntRange(3), default=11, show_default=True)
+@click.option("--inductor/--no-inductor", default=True, help="Also graphopt followed by Inductor.")
+@click.option("--onnx/--no-onnx", default=False, help="Also the exported ONNX file.")
+@click.option("--ablation/--no-ablation", default=True, help="Also the recipe without each pass.")
+def command(
+    model: str,
+    inputs: str | None,
+    arch: str | None,
+    trust_pickle: bool,
+    train: bool,
+    recipe: str,
+    passes: tuple[str, ...],
+    strict: bool,
+    measure: bool,
+    calibration: str | None,
+    as_json: bool,
+    rounds: int,
+    inductor: bool,
+    onnx: bool,
+    ablation: bool,
+) -> None:
+    """Time MODEL as it is, under torch.compile and under graphopt, and what each pass adds."""
+    from graphopt.benchmark import bench
+
+    with progress("bench", quiet=as_json) as step:
+        subject = load_subject(model, inputs, arch, trust_pickle, train)
+        if subject.module is None:
+            raise GraphoptError(
+                "a .pt2 has no eager module to compare with",
+                where=model,
+                fix="give the model it was made from",
+            )
+        found = bench(
+            subject.module,
+            subject.inputs,
+            options_from(recipe, passes, strict, measure, calibration),
+            rounds=rounds,
+            inductor=inductor,
+            onnx=onnx,
+            ablation=ablation,
+            step=step,
+        )
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for line in found.lines():
+        click.echo(line)

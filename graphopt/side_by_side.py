@@ -1,0 +1,191 @@
+"""Running two files on the same inputs: modules, ``.pt2`` programs and ONNX models alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import GraphoptError
+from graphopt.inputs import Inputs, from_file, from_spec
+from graphopt.loading import LoadedModel, load_model
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """One output of both models; errors relative to the RMS of A's values."""
+
+    index: int
+    shape: tuple[int, ...]
+    rms: float
+    max: float
+    equal: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side."""
+
+    a: str
+    b: str
+    tolerance: float
+    rows: tuple[OutputRow, ...]
+
+    @property
+    def equal(self) -> bool:
+        return bool(self.rows) and all(r.equal for r in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "equal": self.equal}
+
+    def lines(self) -> list[str]:
+        """The comparison in plain text."""
+        shown = [
+            f"output {r.index} {list(r.shape)}: rms {r.rms:.2e}, max {r.max:.2e}, "
+            + ("agrees" if r.equal else f"DIFFERS{f' ({r.note})' if r.note else ''}")
+            for r in self.rows
+        ]
+        verdict = "agree" if self.equal else "differ"
+        return [*shown, f"{self.a} and {self.b} {verdict} (tolerance {self.tolerance:g})"]
+
+
+Runner = Callable[[Mapping[str, Any]], list[Any]]
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A loaded file with its example inputs (if it carries any) and a way to run it by name."""
+
+    name: str
+    run: Runner
+    inputs: Inputs | None
+
+
+def compare_files(
+    a: str,
+    b: str,
+    inputs: str | None = None,
+    *,
+    arch: str | None = None,
+    trust_pickle: bool = False,
+    tolerance: float = 2e-5,
+    step: Callable[[str], None] = lambda _text: None,
+) -> Comparison:
+    """Load both files safely and compare their outputs in order.
+
+    Raises:
+        GraphoptError: neither file says what its inputs are and none were given, or the two return
+            different numbers of tensors.
+    """
+    pair = []
+    for path in (a, b):
+        step(f"load {Path(path).name}")
+        pair.append(open_runnable(path, arch=arch, trust_pickle=trust_pickle))
+    chosen = _inputs(inputs, pair)
+    results = []
+    for item in pair:
+        step(f"run {item.name}")
+        results.append([v for v in item.run(chosen.kwargs) if isinstance(v, Tensor)])
+    if len(results[0]) != len(results[1]):
+        counts = [f"{r.name} returns {len(v)}" for r, v in zip(pair, results, strict=True)]
+        raise GraphoptError(
+            f"the models return different numbers of tensors: {', '.join(counts)}",
+            fix="compare models with the same outputs",
+        )
+    rows = [_row(i, x, y, tolerance) for i, (x, y) in enumerate(zip(*results, strict=True))]
+    return Comparison(pair[0].name, pair[1].name, tolerance, tuple(rows))
+
+
+def _inputs(given: str | None, pair: Sequence[Runnable]) -> Inputs:
+    if given is not None:
+        return from_file(given) if Path(given).is_file() else from_spec(given)
+    found = next((r.inputs for r in pair if r.inputs is not None), None)
+    if found is None:
+        raise GraphoptError(
+            "neither model says what its inputs are", fix="--inputs 'NAME:DTYPE[DIM,...]'"
+        )
+    return found
+
+
+def _row(index: int, a: Tensor, b: Tensor, tolerance: float) -> OutputRow:
+    if a.shape != b.shape:
+        note = f"shape {tuple(a.shape)} against {tuple(b.shape)}"
+        return OutputRow(index, tuple(a.shape), float("inf"), float("inf"), False, note)
+    x, y = a.detach().double(), b.detach().double()
+    if not torch.equal(x.isfinite(), y.isfinite()):
+        note = "infinities or NaN in other places"
+        return OutputRow(index, tuple(a.shape), float("inf"), float("inf"), False, note)
+    x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
+    scale = float(x.square().mean().sqrt()) if x.numel() else 0.0
+    scale = scale or 1.0
+    rms = float((x - y).square().mean().sqrt()) / scale if x.numel() else 0.0
+    peak = float((x - y).abs().max()) / scale if x.numel() else 0.0
+    return OutputRow(index, tuple(a.shape), rms, peak, rms <= tolerance)
+
+
+def open_runnable(path: str, *, arch: str | None, trust_pickle: bool) -> Runnable:
+    """A file as something that runs on named inputs."""
+    loaded = load_model(path, arch=arch, trust_pickle=trust_pickle)
+    if loaded.kind == "onnx":
+        return Runnable(loaded.source.name, _onnx_runner(loaded.source), None)
+    if loaded.exported is not None:
+        return _pt2(loaded)
+    module = loaded.module
+    if module is None:
+        raise GraphoptError(f"{loaded.kind} cannot be run", where=path)
+
+    def run(values: Mapping[str, Any]) -> list[Any]:
+        with torch.no_grad():
+            return list(pytree.tree_leaves(module(**values)))
+
+    return Runnable(loaded.source.name, run, _huggingface(loaded))
+
+
+def _huggingface(loaded: LoadedModel) -> Inputs | None:
+    if loaded.kind != "huggingface" or loaded.module is None:
+        return None
+    from graphopt.huggingface_inputs import huggingface_inputs, tokenizer_of
+
+    return huggingface_inputs(loaded.module, tokenizer_of(loaded))
+
+
+def _pt2(loaded: LoadedModel) -> Runnable:
+    from graphopt.artifact import program_of
+    from graphopt.emit.module import OptimizedModule
+    from graphopt.report.model import Report
+
+    program = program_of(loaded)
+    module = OptimizedModule(program, Report(program.name))
+    names = [n.name for n in program.user_inputs()]
+
+    def run(values: Mapping[str, Any]) -> list[Any]:
+        with torch.no_grad():
+            return list(pytree.tree_leaves(module(**values)))
+
+    tensors = dict(zip(names, program.example_inputs, strict=True))
+    return Runnable(loaded.source.name, run, Inputs(tensors) if tensors else None)
+
+
+def _onnx_runner(path: Path) -> Runner:
+    from graphopt.emit.onnx import open_session
+
+    session = open_session(path)
+    wanted = [i.name for i in session.get_inputs()]
+
+    def run(values: Mapping[str, Any]) -> list[Any]:
+        missing = [n for n in wanted if n not in values]
+        if missing:
+            raise GraphoptError(
+                f"{path.name} needs the input {missing[0]!r}",
+                fix=f"name its inputs in --inputs: {', '.join(wanted)}",
+            )
+        feed = {n: values[n].numpy() for n in wanted}
+        return [torch.from_numpy(a) for a in session.run(None, feed)]
+
+    return run
