@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from graphopt.errors import GraphoptError
 from graphopt.report.groups import MissedReason, missed_reasons
 from graphopt.report.model import Applied, MissedRewrite, NodeView, Report
-from graphopt.report.text import certificate_text, counted, speedup_text
+from graphopt.report.text import certificate_text, counted, printable, speedup_text
 
 _OPENINGS = {
     "match": "{rule} found something that looks alike, but not what it rewrites: {reason}",
@@ -30,21 +30,24 @@ def explain_lines(report: Report, node: str | None = None) -> list[str]:
         GraphoptError: the report knows no such node, module or line.
     """
     if node is not None:
-        return _about(report, node)
-    if not report.missed:
-        return ["Every candidate that was found was rewritten." if report.applied else _NOTHING]
-    return list(_by_source(report.missed))
+        lines = _about(report, node)
+    elif report.missed:
+        lines = list(_by_source(report.missed))
+    else:
+        lines = [_ALL if report.applied else _NOTHING]
+    return [printable(line) for line in lines]
 
 
+_ALL = "Every candidate that was found was rewritten."
 _NOTHING = "No rule found a candidate: nothing in this model looks like what the passes rewrite."
 
 
 def _by_source(missed: Iterable[MissedRewrite]) -> Iterator[str]:
     places: dict[str, list[MissedRewrite]] = defaultdict(list)
     for row in missed:
-        places[row.source or "(source line unknown)"].append(row)
+        places[row.source or ""].append(row)
     for place, rows in places.items():
-        yield f"{place}:" if "unknown" not in place else place
+        yield f"{place}:" if place else "(source line unknown)"
         for group in missed_reasons(rows):
             yield from (f"  {line}" for line in missed_lines(group, show_source=False))
 

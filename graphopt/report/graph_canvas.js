@@ -56,13 +56,15 @@ class Canvas {
     return [width, height];
   }
 
-  /** The whole width in view where that stays readable, from the top. */
+  /** The whole width in view where that stays readable, else the middle of the first row. */
   fit() {
     const [width] = this.size;
     if (!width || !this.drawing.width) return;
     const wanted = (width - 2 * Canvas.MARGIN) / this.drawing.width;
     this.scale = Math.min(Math.max(wanted, 0.6), Canvas.SCALES.largestFit);
-    this.x = (width - this.drawing.width * this.scale) / 2;
+    const first = this.drawing.shapes.find((shape) => shape.item.parent);
+    const centre = wanted >= this.scale || !first ? this.drawing.width / 2 : first.x + first.width / 2;
+    this.x = width / 2 - centre * this.scale;
     this.y = Canvas.MARGIN;
     this.show();
   }

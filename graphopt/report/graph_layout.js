@@ -219,7 +219,7 @@ const Labels = (() => {
   const LINE = "11px ui-monospace, 'DejaVu Sans Mono', monospace";
   const MAX = 44;
 
-  const shortOp = (op) => op.replace(/^aten\./, "").replace(/\.(default|Tensor|Scalar|int)$/, "");
+  const shortOp = (op) => op.replace(/^aten\.(\w+).*/, "$1");
   const cut = (text) => (text.length > MAX ? `${text.slice(0, MAX - 1)}…` : text);
 
   function of(item) {
@@ -235,7 +235,8 @@ const Labels = (() => {
   /** The last part of the module's path, unless the box around already says it. */
   function leaf(node) {
     const name = node.module.split(".").at(-1);
-    return node.parent && node.parent.name === node.module ? "" : name;
+    const around = node.parent ? node.parent.name.replace(/[@/~ ].*$/, "") : "";
+    return around === node.module ? "" : name;
   }
 
   return { of, shortOp, TITLE, NAME, LINE };

@@ -200,7 +200,7 @@ class Report:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoadError(f"this is not a graphopt report: {error}") from error
         return cls.from_dict(data)
 
