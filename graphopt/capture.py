@@ -1,42 +1,41 @@
 """Ahead-of-time capture: an ``nn.Module`` and example inputs become a `Program`.
 
 `torch.export` traces the module without Dynamo; decomposing with an empty table leaves functional
-ATen with composites kept. Two things are done in between that torch leaves undone: regions under
-``torch.no_grad()`` keep their meaning for gradients, and tied parameters stay one tensor.
+ATen with composites kept. What torch leaves undone is done around that: regions without gradients
+keep their meaning, tied parameters stay one tensor, axes stay dynamic or are refused by name, side
+effects are seen, and the model is left as it was.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputSpec, OutputSpec
-from torch.export.graph_signature import InputKind as TorchInput
-from torch.export.graph_signature import OutputKind as TorchOutput
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt import huggingface
+from graphopt.capture_axes import Axes
+from graphopt.capture_checks import check_model, checked_call, register_dataclasses, unwrapped
+from graphopt.capture_errors import (
+    explain_capture_failure,
+    refuse_fixed_axes,
+    refuse_lost_gradients,
+    refuse_side_effects,
+)
+from graphopt.capture_exported import from_exported
+from graphopt.capture_limits import fixed_axes, settle, watching_constants
+from graphopt.capture_specs import Call, declared_axes
+from graphopt.capture_watch import Watch, watched
 from graphopt.errors import CaptureError
-from graphopt.program import CallSpec, InputKind, OutputKind, Program, ProgramInput, ProgramOutput
-
-_INPUT_KINDS = {
-    TorchInput.PARAMETER: InputKind.PARAMETER,
-    TorchInput.BUFFER: InputKind.BUFFER,
-    TorchInput.CONSTANT_TENSOR: InputKind.CONSTANT,
-    TorchInput.USER_INPUT: InputKind.USER,
-}
-_OUTPUT_KINDS = {
-    TorchOutput.USER_OUTPUT: OutputKind.USER,
-    TorchOutput.LOSS_OUTPUT: OutputKind.USER,
-    TorchOutput.BUFFER_MUTATION: OutputKind.BUFFER_MUTATION,
-    TorchOutput.PARAMETER_MUTATION: OutputKind.BUFFER_MUTATION,
-    TorchOutput.USER_INPUT_MUTATION: OutputKind.INPUT_MUTATION,
-}
+from graphopt.program import CallSpec, Program
 
 
 def capture(
@@ -46,182 +45,163 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     frozen: bool | None = None,
+    specialize: Literal["refuse", "allow"] = "refuse",
 ) -> Program:
-    """Capture ``model`` called as ``model(*args, **kwargs)``.
+    """Capture ``model`` called as ``model(*args, **kwargs)``. The model is left as it was.
 
     Args:
         model: in training or eval mode; the program keeps that mode.
-        dynamic_shapes: axes that must stay dynamic, as `torch.export.export` takes them.
+        dynamic_shapes: axes that must stay dynamic, as `torch.export.export` takes them, or with
+            names: ``{"input_ids": {0: "batch", 1: "seq"}}``. Axes of one name have one size.
         frozen: whether parameter values may be folded; default: yes exactly in eval mode.
+        specialize: what happens to an axis declared dynamic that the model turns into a constant:
+            ``"refuse"`` raises, ``"allow"`` keeps it constant and says so in ``program.notes``.
 
     Raises:
         CaptureError: with one cause at the user's source line and what to change.
     """
-    from graphopt.capture_errors import explain_capture_failure
-
-    training = model.training
-    values = dict(kwargs or {})
-    with ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            stack.enter_context(_tracing(model, values))
-            exported = torch.export.export(
-                model, tuple(args), values, dynamic_shapes=dynamic_shapes, strict=False
-            )
-            _inline_grad_modes(exported.graph_module)
-            exported = exported.run_decompositions({})
-        except Exception as error:
-            raise explain_capture_failure(error, model) from error
-    program = from_exported(
-        exported, training=training, frozen=not training if frozen is None else frozen
-    )
+    model, notes = unwrapped(model)
+    check_model(model)
+    example = _example(model, tuple(args), dict(kwargs or {}))
+    axes = declared_axes(example.model, example.call, dynamic_shapes)
+    keep = not model.training if frozen is None else frozen
+    program = _trace(example, axes, frozen=keep)
     program.name = type(model).__name__
-    program.example_inputs = tuple(pytree.tree_leaves((tuple(args), values)))
+    program.example_inputs = tuple(pytree.tree_leaves(example.call))
+    program.notes[:0] = [*notes, *example.notes]
+    program.call = _call_spec(example, program)
+    _settle_axes(program, example, axes, specialize)
+    return program
+
+
+@dataclass(frozen=True)
+class Example:
+    """The example call in the form in which it is traced."""
+
+    model: nn.Module
+    call: Call
+    flags: dict[str, Any] = field(default_factory=dict)
+    hugging_face: list[nn.Module] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_hugging_face(self) -> bool:
+        return bool(self.hugging_face) and self.hugging_face[0] is self.model
+
+    def run(self) -> Any:
+        """The model's own answer on a copy of the example."""
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, self.call)
+        return self.model(*args, **kwargs, **self.flags)
+
+
+def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    checked_call(model, args, kwargs)
+    args, kwargs = pytree.tree_map_only(Tensor, _usable, (args, kwargs))
+    found = huggingface.pretrained_models(model)
+    if not found or found[0] is not model:
+        return Example(model, (args, kwargs), hugging_face=found)
+    values, flags = huggingface.by_keyword(model, args, kwargs)
+    with torch.no_grad():
+        added = huggingface.precomputed(model, values)
+    notes = [f"{name} is computed from the other inputs before the call: pass it" for name in added]
+    return Example(model, ((), values), flags, found, notes)
+
+
+def _usable(value: Tensor) -> Tensor:
+    """Inference tensors cannot take part in a trace with gradients; their copies can."""
+    return value.clone() if value.is_inference() else value
+
+
+def _trace(example: Example, axes: Axes, *, frozen: bool) -> Program:
+    model = example.model
+    (args, kwargs), shapes = axes.marked(axes.enlarged(example.call))
+    dynamic: Any = shapes
+    try:
+        with _scene(example, axes) as watch:
+            exported = torch.export.export(
+                model, args, kwargs, dynamic_shapes=dynamic, strict=False
+            )
+            notes = refuse_lost_gradients(model, watch, frozen=frozen)
+            program = from_exported(exported, training=model.training, frozen=frozen)
+    except Exception as error:
+        raise explain_capture_failure(error, model) from error
+    notes += refuse_side_effects(model, watch, example.run)
+    program.notes += [*watch.notes, *notes]
     return program
 
 
 @contextmanager
-def _tracing(model: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """Gradients on, so that detached regions are seen; Hugging Face models through their patches."""
-    with torch.enable_grad(), ExitStack() as stack:
-        if _is_hugging_face(model):
-            from graphopt.huggingface import tracing_patches
+def _scene(example: Example, axes: Axes) -> Iterator[Watch]:
+    """Everything that is in force during a trace, undone afterwards.
 
-            stack.enter_context(tracing_patches(model, values))
-        yield
-
-
-def _is_hugging_face(model: nn.Module) -> bool:
-    return any(c.__module__.startswith("transformers.") for c in type(model).__mro__)
-
-
-def from_exported(exported: ExportedProgram, *, training: bool, frozen: bool) -> Program:
-    """Wrap a decomposed `ExportedProgram`; tied tensors get one placeholder."""
-    signature, graph_module = exported.graph_signature, exported.graph_module
-    state = _state_of(exported)
-    inputs = [_input(spec) for spec in signature.input_specs]
-    outputs = [_output(spec) for spec in signature.output_specs]
-    entry = exported.module_call_graph[0].signature
-    names = tuple(entry.forward_arg_names or ()) if entry else ()
-    program = Program(
-        graph_module,
-        {entry.name: entry for entry in inputs},
-        outputs,
-        state,
-        CallSpec(exported.call_spec.in_spec, exported.call_spec.out_spec, names),
-        frozen=frozen,
-        training=training,
-        range_constraints=dict(exported.range_constraints),
-    )
-    _require_functional(program)
-    _drop_unread(program)
-    return program
-
-
-def _state_of(exported: ExportedProgram) -> dict[str, Tensor]:
-    constants = {k: v for k, v in exported.constants.items() if isinstance(v, Tensor)}
-    return {**exported.state_dict, **constants}
-
-
-def _input(spec: InputSpec) -> ProgramInput:
-    kind = _INPUT_KINDS.get(spec.kind)
-    if kind is None:
-        raise CaptureError(
-            f"the model holds a {spec.kind.name.lower().replace('_', ' ')} ({spec.target}), "
-            "which is not a tensor",
-            fix="pass it as an input, or replace it by tensors and plain Python values",
-        )
-    persistent = spec.persistent is not False
-    return ProgramInput(spec.arg.name, kind, spec.target, persistent)
-
-
-def _output(spec: OutputSpec) -> ProgramOutput:
-    kind = _OUTPUT_KINDS[spec.kind]
-    return ProgramOutput(kind, spec.target if kind is not OutputKind.USER else None)
-
-
-def _require_functional(program: Program) -> None:
-    """Constants of the output are literals; everything else must be a legal functional graph."""
-    program.graph.output_node().args = (tuple(program.graph.output_node().args[0]),)
-    program.lint()
-
-
-def _drop_unread(program: Program) -> None:
-    """Placeholders of tied duplicates go; their names stay in ``state`` as aliases."""
-    for node, target in program.state_nodes().items():
-        if not node.users and target not in program.mutated_state():
-            program.graph.erase_node(node)
-            del program.inputs[node.name]
-    program.recompile()
-
-
-def _inline_grad_modes(module: fx.GraphModule) -> None:
-    """Replace ``with torch.no_grad():`` regions by their nodes, outputs detached.
-
-    Decomposition drops these regions and lets gradients flow where the user stopped them.
+    Gradients are on, so that regions without them are seen; Hugging Face models run through their
+    export patches; the last forward hook makes dataclasses known before torch takes them apart.
     """
-    for node in list(module.graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
-            continue
-        enabled, body, *operands = node.args
-        inner = getattr(module, body.target)
-        _inline_grad_modes(inner)
-        _inline(module, node, inner, operands, detach=not enabled)
-        if not body.users:
-            module.graph.erase_node(body)
-    module.graph.lint()
-    module.recompile()
+    model = example.model
+    with ExitStack() as stack:
+        stack.enter_context(_silence())
+        watch = stack.enter_context(watched(model))
+        stack.enter_context(torch.enable_grad())
+        if example.hugging_face:
+            stack.enter_context(huggingface.tracing_patches(example.hugging_face))
+        if example.is_hugging_face:
+            names = list(example.call[1])
+            stack.enter_context(huggingface.flat_forward(model, names, example.flags))
+        before = model.register_forward_pre_hook(
+            lambda _m, args, kwargs: axes.tie(args, kwargs), prepend=True, with_kwargs=True
+        )
+        after = model.register_forward_hook(lambda _m, _args, output: _leave(watch, output))
+        stack.callback(before.remove)
+        stack.callback(after.remove)
+        yield watch
 
 
-def _inline(
-    module: fx.GraphModule,
-    call: fx.Node,
-    inner: fx.GraphModule,
-    operands: list[Any],
-    *,
-    detach: bool,
-) -> None:
-    copies: dict[fx.Node, Any] = {}
-    given = iter(operands)
-    with module.graph.inserting_before(call):
-        for node in inner.graph.nodes:
-            if node.op == "placeholder":
-                copies[node] = next(given)
-            elif node.op == "output":
-                results = fx.node.map_arg(node.args[0], copies.__getitem__)
-            else:
-                copies[node] = _copy_into(module, inner, node, copies)
-        values = [_detached(module.graph, v) if detach else v for v in results]
-    for user in list(call.users):
-        user.replace_all_uses_with(values[user.args[1]])
-        module.graph.erase_node(user)
-    module.graph.erase_node(call)
+def _leave(watch: Watch, output: Any) -> None:
+    """At the end of the traced forward, before torch takes its output and its attributes back."""
+    watch.look()
+    register_dataclasses(output)
 
 
-def _copy_into(
-    module: fx.GraphModule, inner: fx.GraphModule, node: fx.Node, copies: dict[fx.Node, Any]
-) -> fx.Node:
-    made = module.graph.node_copy(node, copies.__getitem__)
-    if node.op == "get_attr":
-        name = f"_inlined_{made.name}"
-        setattr(module, name, getattr(inner, str(node.target)))
-        made.target = name
-    return made
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings, logs or graph dumps of torch: what matters becomes a note or an error."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
-def _detached(graph: fx.Graph, value: Any) -> Any:
-    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
-        return value
-    if not value.meta["val"].dtype.is_floating_point:
-        return value
-    node = graph.call_function(torch.ops.aten.detach.default, (value,))
-    node.meta.update(value.meta)
-    return node
+def _call_spec(example: Example, program: Program) -> CallSpec:
+    assert program.call is not None
+    parameters = inspect.signature(example.model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return replace(
+        program.call,
+        positional=tuple(p.name for p in parameters if p.kind in kinds),
+        defaults={p.name: p.default for p in parameters if p.default is not p.empty},
+        fixed=dict(example.flags),
+    )
 
 
-def forward_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the positional parameters of ``model.forward``."""
-    return tuple(inspect.signature(model.forward).parameters)
+def _settle_axes(program: Program, example: Example, axes: Axes, specialize: str) -> None:
+    """Declared axes must have stayed dynamic, or the user is told which did not."""
+    fixed = fixed_axes(program, axes, example.call)
+    firm = [(axis, size) for axis, size in fixed if not axis.optional and specialize != "allow"]
+    if firm:
+        refuse_fixed_axes(firm, lambda: _line_that_fixes(example, axes, firm[0][1]))
+    program.notes += [f"{axis} is fixed at {size} by the model" for axis, size in fixed]
+    settle(program, axes, example.call)
 
 
-__all__ = ["ConstantArgument", "capture", "forward_parameters", "from_exported"]
+def _line_that_fixes(example: Example, axes: Axes, size: int) -> str | None:
+    """Trace again and watch where a symbol becomes ``size``."""
+    with watching_constants(size) as lines, suppress(CaptureError):
+        _trace(example, axes, frozen=True)
+    return lines[-1] if lines else None
+
+
+__all__ = ["Example", "capture", "from_exported"]

@@ -1,13 +1,17 @@
-"""Tracing Hugging Face models: their caches as pytrees, their export patches, their output flags."""
+"""Tracing Hugging Face models: caches as pytrees, export patches, output flags."""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+
+from graphopt.errors import MissingDependencyError
 
 OUTPUT_FLAGS = (
     "use_cache",
@@ -18,29 +22,108 @@ OUTPUT_FLAGS = (
 )
 
 
-@contextmanager
-def tracing_patches(model: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """Patches of `transformers.exporters`, undone on exit; moves output flags out of ``values``.
+def pretrained_models(model: nn.Module) -> list[nn.Module]:
+    """Every ``transformers.PreTrainedModel`` in ``model``, the outermost first."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    if loaded is None:
+        return []
+    return [m for m in model.modules() if isinstance(m, loaded.PreTrainedModel)]
 
-    Flags such as ``use_cache`` become part of the configuration during the trace, so that the
-    captured program does not demand them again at every call.
+
+def by_keyword(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The call with every argument by name, and the output flags taken out of it.
+
+    Flags such as ``use_cache`` decide what is computed; they become part of the program, which then
+    does not demand them again at every call.
     """
-    from transformers.exporters import exporter_dynamo as dynamo
-    from transformers.exporters.utils import apply_patches, precompute_export_inputs
+    names = list(inspect.signature(model.forward).parameters)
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    flags = {k: named.pop(k) for k in OUTPUT_FLAGS if k in named}
+    return named, flags
 
-    flags = {k: values.pop(k) for k in OUTPUT_FLAGS if k in values}
-    log = logging.getLogger("transformers.exporters")
+
+def precomputed(model: nn.Module, values: dict[str, Any]) -> list[str]:
+    """Add to ``values`` what a model computes from its inputs in Python; returns the new names.
+
+    Multimodal models derive positions and window indices from the sizes of their images in loops
+    that no graph holds. transformers computes them beforehand; callers then pass them as well.
+    """
+    exporters = _exporters()
+    known = list(values)
+    exporters.utils.precompute_export_inputs(model, values)
+    return [name for name in values if name not in known]
+
+
+@contextmanager
+def tracing_patches(models: list[nn.Module]) -> Iterator[None]:
+    """Patches of `transformers.exporters` for the model code that is loaded, undone on exit."""
+    exporters = _exporters()
+    dynamo, utils = exporters.exporter_dynamo, exporters.utils
+    with ExitStack() as stack:
+        stack.enter_context(_quiet("transformers.exporters"))
+        stack.enter_context(utils.patch_attributes(_loaded_patches(utils)))
+        for model in models:
+            dynamo.register_cache_pytrees_for_model(model)
+            stack.enter_context(dynamo.reset_model_state(model))
+        yield
+
+
+@contextmanager
+def flat_forward(model: nn.Module, names: list[str], flags: Mapping[str, Any]) -> Iterator[None]:
+    """``forward`` with exactly the parameters ``names``, and the flags fixed, for the trace."""
+    original = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        return original(**inputs, **flags)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, kind, default=None) for n in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+
+
+def _exporters() -> Any:
+    try:
+        import transformers.exporters.exporter_dynamo
+        import transformers.exporters.utils
+    except ImportError as error:
+        raise MissingDependencyError(
+            "capturing a Hugging Face model needs transformers.exporters",
+            fix="pip install 'transformers>=5.20'",
+        ) from error
+    return transformers.exporters
+
+
+def _loaded_patches(utils: Any) -> list[tuple[Any, str, Any]]:
+    """The patches whose owner is imported already; importing every model takes seconds."""
+    found = []
+    for path, attribute, factory in utils._PATCHES.get("dynamo", ()):
+        module = next((m for m in _prefixes(path) if m in sys.modules), None)
+        if module is None or (path.startswith("transformers.models.") and module.count(".") < 3):
+            continue
+        owner = utils.import_dotted_path(path, missing_ok=True)
+        if owner is not None:
+            found.append((owner, attribute, factory))
+    return found
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    return (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        precompute_export_inputs(model, values)
-        dynamo.register_cache_pytrees_for_model(model)
-        with (
-            apply_patches("dynamo"),
-            dynamo.reset_model_state(model),
-            dynamo.patch_model_config(model, flags),
-            dynamo.patch_forward_signature(model, values),
-        ):
-            yield
+        yield
     finally:
         log.setLevel(level)

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import numpy as np
-import sympy
 import torch
 from torch import fx
 
@@ -30,26 +28,21 @@ class Frame(NamedTuple):
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n?(?P<code>[^\n]*)')
 _PACKAGE = Path(__file__).parent
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
-_TOOLS = tuple(
-    str(folder) + "/"
-    for folder in (
-        *(Path(str(p.__file__)).parent for p in (torch, sympy, np)),
-        _PACKAGE,
-        *(_PACKAGE.parent / name for name in ("passes", "kernels")),
-    )
-)
+_OWN = (_PACKAGE, _PACKAGE.parent / "passes", _PACKAGE.parent / "kernels")
+_TOOLS = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, *_OWN))
+_LIBRARIES = re.compile(r"/(site|dist)-packages/(functorch|sympy|numpy|networkx)/")
 
 
 def is_user_file(file: str) -> bool:
-    """Whether a file is the user's (a model library counts), not torch, graphopt or Python itself."""
-    if file.startswith(("<", *_TOOLS)) or file.endswith("/functorch/__init__.py"):
+    """Whether a file is the user's or a model library's: not torch, graphopt or Python itself."""
+    if file.startswith(("<", *_TOOLS)) or _LIBRARIES.search(file):
         return False
     installed = "/site-packages/" in file or "/dist-packages/" in file
     return installed or not file.startswith(_STANDARD_LIBRARY)
 
 
 def _is_plumbing(file: str) -> bool:
-    """Files of transformers that wrap a model's forward; the modeling files say what it computes."""
+    """Whether a file of transformers only wraps what a modeling file computes."""
     return "/transformers/" in file and "/transformers/models/" not in file
 
 
