@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphopt.passes.canonicalize import asserts, copies, dims, gradients, linear, spelling, views
+from graphopt.passes.canonicalize import (
+    asserts,
+    copies,
+    dims,
+    gradients,
+    linear,
+    masks,
+    spelling,
+    views,
+)
 from graphopt.rewrite import Pass, Rule
 
 __all__ = ["Canonicalize"]
@@ -51,4 +60,7 @@ class Canonicalize(Pass):
             linear.PlainWeight(),
             linear.BiasAfterLinear(),
             linear.FlatLinear(),
+            masks.WholeIndex(),
+            masks.AndTrue(),
+            masks.TrueMask(),
         )

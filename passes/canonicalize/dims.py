@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.passes.canonicalize.identity import Identity, case
+from graphopt.passes.canonicalize.identity import Identity, case, with_argument
 from graphopt.program import val
 from graphopt.rewrite import Builder, Example, Match, arguments, op
 
@@ -79,15 +79,3 @@ def dim_form(node: fx.Node) -> Any:
 def _counted(dim: int, rank: int) -> int:
     positive = dim % rank if rank else 0
     return -1 if positive == rank - 1 else positive
-
-
-def with_argument(node: fx.Node, name: str, value: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of a call with one of them replaced, at the place where it stands."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    args, kwargs = list(node.args), dict(node.kwargs)
-    place = names.index(name)
-    if place < len(args):
-        args[place] = value
-    else:
-        kwargs[name] = value
-    return args, kwargs

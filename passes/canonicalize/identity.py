@@ -79,6 +79,18 @@ def is_floating(node: Any) -> bool:
     return isinstance(fake, Tensor) and fake.dtype.is_floating_point
 
 
+def with_argument(node: fx.Node, name: str, value: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of a call with one of them replaced, at the place where it stands."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    args, kwargs = list(node.args), dict(node.kwargs)
+    place = names.index(name)
+    if place < len(args):
+        args[place] = value
+    else:
+        kwargs[name] = value
+    return args, kwargs
+
+
 class Call(nn.Module):
     """A function as a module, for examples."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from graphopt.passes.canonicalize.identity import RESHAPES, Identity, is_floating, same_sizes
 from graphopt.program import Program, val
@@ -24,7 +25,7 @@ def _product(weight: Any) -> Any:
 
 
 class TransposedWeight(Identity):
-    """``x @ w.T + b = linear(x, w, b)`` for a weight of the model: ``linear`` computes just that."""
+    """``x @ w.T + b = linear(x, w, b)``, for a weight of the model."""
 
     pattern = _product(op(aten.transpose.int, _MATRIX, 0, 1, escapes=True))
 
@@ -39,7 +40,7 @@ class TransposedWeight(Identity):
         yield _case("tokens", lambda m, x: x @ m.w.transpose(0, 1), 2, 3)
         yield _case("addmm", lambda m, x: torch.addmm(m.b, x, m.w.transpose(0, 1)))
         yield _case("training", lambda m, x: x @ m.w.transpose(0, 1), 2, 3, training=True)
-        yield _case("weight used twice", lambda m, x: x @ m.w.transpose(0, 1) @ m.w.transpose(0, 1))
+        yield _case("used twice", lambda m, x: x @ m.w.transpose(0, 1) @ m.w.transpose(0, 1))
 
     def near_misses(self) -> Iterable[Example]:
         yield _case("two inputs", lambda _, x: x @ x.transpose(0, 1))
@@ -48,7 +49,7 @@ class TransposedWeight(Identity):
 
 
 class PlainWeight(Identity):
-    """``x @ w + b = linear(x, w.T, b)``: weights stored input first, as GPT-2's ``Conv1D`` has them.
+    """``x @ w + b = linear(x, w.T, b)``, for weights stored input first, as in GPT-2's ``Conv1D``.
 
     The transposed copy replaces the weight where it is a constant; where the model trains it is a
     view. The product of the copy may round in another order.
@@ -88,7 +89,7 @@ class PlainWeight(Identity):
 
 
 class BiasAfterLinear(Identity):
-    """``linear(x, w) + b = linear(x, w, b)`` for a bias of the model: one pass less over the sum."""
+    """``linear(x, w) + b = linear(x, w, b)``, for a bias of the model: one pass less."""
 
     numeric = Numeric.REASSOCIATED
     pattern = op(aten.add.Tensor, op(aten.linear.default, "x", "w", name="product"), _ROW)
@@ -102,23 +103,23 @@ class BiasAfterLinear(Identity):
         return build(aten.linear.default, match["x"], match["w"], match["bias"])
 
     def examples(self) -> Iterable[Example]:
-        yield _case("tokens", lambda m, x: nn.functional.linear(x, m.w) + m.b, 2, 3)
-        yield _case("swapped", lambda m, x: m.b + nn.functional.linear(x, m.w))
-        yield _case("training", lambda m, x: nn.functional.linear(x, m.w) + m.b, training=True)
+        yield _case("tokens", lambda m, x: F.linear(x, m.w) + m.b, 2, 3)
+        yield _case("swapped", lambda m, x: m.b + F.linear(x, m.w))
+        yield _case("training", lambda m, x: F.linear(x, m.w) + m.b, training=True)
 
     def near_misses(self) -> Iterable[Example]:
-        yield _case("scaled", lambda m, x: nn.functional.linear(x, m.w).add(m.b, alpha=2))
-        yield _case("residual", lambda m, x: nn.functional.linear(x, m.w) + x[0])
-        yield _case("broadcast", lambda m, x: nn.functional.linear(x, m.w[:1]) + m.b)
+        yield _case("scaled", lambda m, x: F.linear(x, m.w).add(m.b, alpha=2))
+        yield _case("residual", lambda m, x: F.linear(x, m.w) + x[0])
+        yield _case("broadcast", lambda m, x: F.linear(x, m.w[:1]) + m.b)
         yield _case(
             "product used twice",
-            lambda m, x: ((y := nn.functional.linear(x, m.w)) + m.b, y),
+            lambda m, x: ((y := F.linear(x, m.w)) + m.b, y),
             reason="also an output",
         )
 
 
 class FlatLinear(Identity):
-    """``reshape(linear(reshape(x, (-1, d))), x.shape[:-1] + (n,)) = linear(x)``.
+    """``reshape(linear(reshape(x, (-1, d))), (*s, n)) = linear(reshape(x, (*s, d)))``.
 
     ``linear`` takes tokens in any number of leading dimensions; it flattens them itself.
     """
@@ -137,20 +138,22 @@ class FlatLinear(Identity):
     )
 
     def applies(self, match: Match) -> bool:
-        out, (n, d), x = val(match.root).shape, match.val("w").shape, match.val("x").shape
-        return same_sizes([*x[:-1], n], out) and same_sizes(x[-1:], [d])
+        (*leading, last), (n, d) = val(match.root).shape, match.val("w").shape
+        alone = len(match["flat"].users) == 1 or same_sizes(match.val("x").shape, [*leading, d])
+        return alone and same_sizes([last], [n])
 
     def rewrite(self, match: Match, build: Builder) -> Any:
-        return build(aten.linear.default, match["x"], *match["product"].args[1:])
+        sizes = [*match["shape"][:-1], match.val("w").shape[1]]
+        tokens = build(aten.reshape.default, match["x"], sizes)
+        return build(aten.linear.default, tokens, *match["product"].args[1:])
 
     def examples(self) -> Iterable[Example]:
-        yield _case(
-            "tokens", lambda m, x: nn.functional.linear(x.view(6, 5), m.w).view(2, 3, 5), 2, 3
-        )
-        yield _case("inferred", lambda m, x: _flat(m, x).view(*x.shape[:2], 5), 2, 3)
+        yield _case("tokens", lambda m, x: _flat(m, x).view(2, 3, 5), 2, 3)
+        yield _case("inferred", lambda m, x: _flat(m, x).view(2, 3, -1), 2, 3)
+        yield _case("other tokens", lambda m, x: _flat(m, x).view(3, 2, 5), 2, 3)
+        yield _case("heads before", lambda m, x: _flat(m, x.mT).view(2, 5, 5), 2, 5)
 
     def near_misses(self) -> Iterable[Example]:
-        yield _case("elsewhere", lambda m, x: _flat(m, x).view(3, 2, 5), 2, 3)
         yield _case("heads", lambda m, x: _flat(m, x).view(2, 3, 5, 1), 2, 3)
         yield _case(
             "used flat",
@@ -179,10 +182,10 @@ class _Weighted(nn.Module):
 
 
 def _flat(module: _Weighted, x: Tensor) -> Tensor:
-    return nn.functional.linear(x.view(-1, 5), module.w, module.b)
+    return F.linear(x.reshape(-1, 5), module.w, module.b)
 
 
 def _case(name: str, function: Any, *leading: int, **options: Any) -> Example:
-    """An example on a ``(*leading, 5)`` input, ``(5, 5)`` by default, so that nothing fits by shape."""
+    """An example on a ``(*leading, 5)`` input, square by default: no shape gives an axis away."""
     sizes = (*(leading or (5,)), 5)
     return Example(name, lambda: _Weighted(function), lambda: (torch.randn(sizes),), **options)

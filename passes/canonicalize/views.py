@@ -18,7 +18,8 @@ from graphopt.passes.canonicalize.identity import (
     same_value,
 )
 from graphopt.program import val
-from graphopt.rewrite import Builder, Example, Match, arguments, op, var
+from graphopt.rewrite import Builder, Example, Match, arguments, op
+from graphopt.rewrite.match import same_literal
 
 aten = torch.ops.aten
 
@@ -181,23 +182,31 @@ class PermuteOfPermute(Identity):
 
 
 class ExpandOfExpand(Identity):
-    """``expand(expand(x, a), b) = expand(x, b)``."""
+    """``expand(expand(x, a), b) = expand(x, b)``; -1 in ``b`` stands for what ``a`` says there."""
 
     pattern = op(
         aten.expand.default,
         op(aten.expand.default, "x", "between", ..., **_INNER),
-        var("sizes", lambda sizes: -1 not in sizes),
+        "sizes",
         ...,
     )
 
     def rewrite(self, match: Match, build: Builder) -> Any:
-        return build(aten.expand.default, match["x"], match["sizes"])
+        sizes = list(match["sizes"])
+        new = len(sizes) - len(match["between"])
+        for i, size in enumerate(match["between"], start=new):
+            sizes[i] = size if same_literal(sizes[i], -1) else sizes[i]
+        return build(aten.expand.default, match["x"], sizes)
 
     def examples(self) -> Iterable[Example]:
         yield case("twice", lambda x: x.expand(3, 8).expand(2, 3, 8) + 1, (1, 8))
+        yield case("relative", lambda x: x.expand(3, -1).expand(2, -1, 8) + 1, (1, 8))
+        yield case(
+            "kept for another", lambda x: ((y := x.expand(3, 8)).expand(2, 3, 8), y + 1), (8,)
+        )
 
     def near_misses(self) -> Iterable[Example]:
-        yield case("relative", lambda x: x.expand(3, 8).expand(2, -1, 8) + 1, (1, 8))
+        yield case("something between", lambda x: x.expand(3, 8).mT.expand(2, 8, 3) + 1, (1, 8))
 
 
 class SplitForm(Identity):
