@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphopt.program import Program
+from graphopt.program import Program, val
 from graphopt.rewrite.driver import Log, Rewrite
 from graphopt.rewrite.rule import Numeric
 from graphopt.rewrite.subgraph import Subgraph
@@ -157,13 +157,17 @@ def _fixed(program: Program, differentiable: Collection[str]) -> frozenset[str]:
     """Nodes that no gradient reaches: computed from constants, sizes and integers alone."""
     state = {n.name for n in program.state_nodes()} if program.frozen else set()
     reached = set(differentiable) - state
-    fixed = set()
     for node in program.graph.nodes:
-        if node.name in reached or any(a.name in reached for a in node.all_input_nodes):
+        if any(a.name in reached for a in node.all_input_nodes) and _may_carry(val(node)):
             reached.add(node.name)
-        else:
-            fixed.add(node.name)
-    return frozenset(fixed)
+    return frozenset(n.name for n in program.graph.nodes if n.name not in reached)
+
+
+def _may_carry(value: Any) -> bool:
+    """Whether a value can pass a gradient on: floating, or several values of which one may be."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return isinstance(value, list | tuple)
 
 
 def judge(
@@ -181,7 +185,10 @@ def judge(
     exact = old if numeric is Numeric.BITWISE else _evaluate(rewrite.before.wide, wide)[0]
     rows = [compare(o, n, e, numeric, tolerance) for o, n, e in zip(old, new, exact, strict=True)]
     verdict = Verdict(rewrite, worst(rows), runs=1)
-    _judge_gradients(verdict, before, after, asked)
+    if any(isinstance(o, Tensor) and o.is_floating_point() and bool(o.isnan().any()) for o in old):
+        verdict.notes.append("the original gives NaN here: gradients are not compared")
+    else:
+        _judge_gradients(verdict, before, after, asked)
     return verdict, made
 
 
