@@ -263,7 +263,7 @@ class Program:
 
     def copy(self) -> Program:
         """An independent graph over the same tensors."""
-        twin = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph))
+        twin = fx.GraphModule(self.graph_module, copy_graph(self.graph))
         return replace(
             self,
             graph_module=twin,
@@ -314,6 +314,15 @@ def _takes_gradient(value: Any, *, flat: bool) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     return value.requires_grad if flat else True
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A deep copy whose nodes keep their names; fx would rename one called like a builtin."""
+    twin = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, twin.nodes, strict=True):
+        if new.name != old.name:
+            new.name = old.name
+    return twin
 
 
 def is_mutating(target: Any) -> bool:

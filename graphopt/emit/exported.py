@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.export.graph_signature import OutputKind as TorchOutput
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import ExportError
-from graphopt.program import InputKind, OutputKind, Program, ProgramInput, val
+from graphopt.program import InputKind, OutputKind, Program, ProgramInput, copy_graph, val
 
 _ORDER = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.USER)
 _INPUTS = {
@@ -100,7 +99,7 @@ def _exported_kind(entry: ProgramInput) -> InputKind:
 
 
 def _detached_root(program: Program) -> fx.GraphModule:
-    graph = copy.deepcopy(program.graph)
+    graph = copy_graph(program.graph)
     for node in graph.nodes:
         node.meta.pop("rewritten_by", None)
     return fx.GraphModule(program.graph_module, graph)
