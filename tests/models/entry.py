@@ -110,7 +110,8 @@ def settle(model: nn.Module, inputs: Inputs, source: torch.Generator) -> nn.Modu
 
     Statistics of 0 and 1 hide wrong folds, and unrelated ones let deep networks vanish or explode.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.track_running_stats]
     if not norms:
         return model.eval()
     momenta = [norm.momentum for norm in norms]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from models import cnn, huggingface, plain, reference
-from models.cnn.cifar import cifar_images, load_published
+from models.cnn.cifar import CifarResNet, cifar_images, load_published, resnet20, resnet56
 from models.entry import Entry, perturb, settle
 from models.plain import attention, pointwise
 
@@ -191,16 +192,18 @@ def test_pointwise_near_miss_is_not(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize(
     ("factory", "file"),
-    [(cnn.resnet20, "resnet20-12fca82f.th"), (cnn.resnet56, "resnet56-4bfd9763.th")],
+    [(resnet20, "resnet20-12fca82f.th"), (resnet56, "resnet56-4bfd9763.th")],
 )
-def test_published_weights_load(factory: type[nn.Module], file: str, data_dir: Path) -> None:
+def test_published_weights_load(
+    factory: Callable[[], CifarResNet], file: str, data_dir: Path
+) -> None:
     model = load_published(factory(), data_dir / "weights" / file)
     assert model.bn1.running_var.std() > 0.1
 
 
 def test_published_resnet20_reads_images(data_dir: Path) -> None:
     pytest.importorskip("PIL", reason="needs Pillow to decode JPEG")
-    model = load_published(cnn.resnet20(), data_dir / "weights" / "resnet20-12fca82f.th")
+    model = load_published(resnet20(), data_dir / "weights" / "resnet20-12fca82f.th")
     images, labels = cifar_images(data_dir, 400)
     with torch.no_grad():
         right = (model(images).argmax(1) == labels).double().mean().item()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.entry import Entry
 from models.huggingface import inputs as kind
-from models.huggingface.spec import TINY, entry
+from models.huggingface.spec import TINY, Row, entry
 
 WAVEFORM = kind.Modality(
     kind.waveform,
@@ -48,7 +48,7 @@ AST = {
     "time_stride": 4,
 }
 
-TABLE = [
+TABLE: list[Row] = [
     ("wav2vec2", "Wav2Vec2ForSequenceClassification", WAVEFORM, WAV2VEC2),
     ("wav2vec2-stable", "Wav2Vec2ForSequenceClassification", WAVEFORM, STABLE),
     ("wav2vec2-ctc", "Wav2Vec2ForCTC", FEATURES, WAV2VEC2),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.entry import Entry
 from models.huggingface import inputs as kind
-from models.huggingface.spec import GROUPED, TINY, VOCAB, entry
+from models.huggingface.spec import GROUPED, TINY, VOCAB, Row, entry
 
 CAUSAL = kind.Modality(
     kind.cacheless(kind.text), kind.TEXT_AXES, kind.token_labels, {"labels": kind.TOKENS}
@@ -52,7 +52,7 @@ XGLM = {
 }
 CTRL = {**GPT, "dff": 48}
 
-TABLE = [
+TABLE: list[Row] = [
     ("gpt2", "GPT2LMHeadModel", CAUSAL, GPT),
     ("gpt2-trunk", "GPT2Model", replace(CAUSAL, label=None), GPT),
     ("llama", "LlamaForCausalLM", CAUSAL, GROUPED),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.entry import Entry
 from models.huggingface import inputs as kind
-from models.huggingface.spec import TINY, entry
+from models.huggingface.spec import TINY, Row, entry
 
 TEXT = kind.Modality(kind.text, kind.TEXT_AXES, kind.token_labels, {"labels": kind.TOKENS})
 UNMASKED = replace(TEXT, make=kind.text_without_mask, axes={"input_ids": kind.TOKENS})
@@ -57,7 +57,7 @@ MOBILE = {
 }
 XLNET = {"vocab_size": 101, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
 
-TABLE = [
+TABLE: list[Row] = [
     ("bert", "BertForMaskedLM", TEXT, TINY),
     ("bert-sentence", "BertModel", PLAIN, TINY),
     ("roberta", "RobertaForMaskedLM", TEXT, ROBERTA),

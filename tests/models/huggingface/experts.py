@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from models.entry import Entry
 from models.huggingface.decoders import CAUSAL
-from models.huggingface.spec import GROUPED, entry
+from models.huggingface.spec import GROUPED, Row, entry
 
 ROUTED = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 QWEN = {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}
@@ -32,7 +32,7 @@ DOTS = {
     "head_dim": 8,
 }
 
-TABLE = [
+TABLE: list[Row] = [
     ("mixtral", "MixtralForCausalLM", CAUSAL, {**ROUTED, "num_local_experts": 4}),
     ("qwen2-moe", "Qwen2MoeForCausalLM", CAUSAL, QWEN),
     ("qwen3-moe", "Qwen3MoeForCausalLM", CAUSAL, {**QWEN, "head_dim": 8}),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.entry import Entry
 from models.huggingface import inputs as kind
-from models.huggingface.spec import GROUPED, TINY, entry
+from models.huggingface.spec import GROUPED, TINY, Row, entry
 from models.huggingface.vision import VIT
 
 PAIR = kind.Modality(
@@ -31,7 +31,7 @@ LLAVA = {
     "vision_feature_layer": -1,
 }
 
-TABLE = [
+TABLE: list[Row] = [
     ("clip", "CLIPModel", PAIR, TOWERS),
     ("siglip", "SiglipModel", PAIR, TOWERS),
     ("chinese-clip", "ChineseCLIPModel", PAIR, TOWERS),

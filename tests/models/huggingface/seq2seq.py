@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.entry import Entry
 from models.huggingface import inputs as kind
-from models.huggingface.spec import VOCAB, entry
+from models.huggingface.spec import VOCAB, Row, entry
 
 TARGET = {0: "batch", 1: "target"}
 TRANSLATION = kind.Modality(
@@ -80,7 +80,7 @@ PROPHET = {
     **MARKERS,
 }
 
-TABLE = [
+TABLE: list[Row] = [
     ("t5", "T5ForConditionalGeneration", TRANSLATION, T5),
     (
         "t5-gated",

@@ -10,6 +10,8 @@ from torch import nn
 from models.entry import Entry, Inputs, perturb, seeded, settle
 from models.huggingface.inputs import Modality
 
+# A row of a family table: entry name, class name, kind of input, configuration values.
+Row = tuple[str, str, Modality, dict[str, Any]]
 VOCAB = 101
 TINY = {
     "vocab_size": VOCAB,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from models.entry import Entry
 from models.huggingface.decoders import CAUSAL
-from models.huggingface.spec import GROUPED, TINY, VOCAB, entry
+from models.huggingface.spec import GROUPED, TINY, VOCAB, Row, entry
 
 MAMBA = {**TINY, "state_size": 8, "time_step_rank": 4, "conv_kernel": 4, "expand": 2}
 MAMBA2 = {
@@ -67,7 +67,7 @@ DELTA = {
     "shared_expert_intermediate_size": 16,
 }
 
-TABLE = [
+TABLE: list[Row] = [
     ("mamba", "MambaForCausalLM", CAUSAL, MAMBA),
     ("mamba2", "Mamba2ForCausalLM", CAUSAL, MAMBA2),
     ("falcon-mamba", "FalconMambaForCausalLM", CAUSAL, MAMBA),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.entry import Entry
 from models.huggingface import inputs as kind
-from models.huggingface.spec import entry
+from models.huggingface.spec import Row, entry
 
 IMAGE = kind.Modality(
     kind.image,
@@ -123,7 +123,7 @@ DEPTH = {
     "is_hybrid": False,
 }
 
-TABLE = [
+TABLE: list[Row] = [
     ("vit", "ViTForImageClassification", IMAGE, VIT),
     ("deit", "DeiTForImageClassification", IMAGE, VIT),
     (
