@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind as TorchInput
@@ -11,7 +12,7 @@ from torch.export.graph_signature import InputSpec, OutputSpec
 from torch.export.graph_signature import OutputKind as TorchOutput
 from torch.utils import _pytree as pytree
 
-from graphopt.capture_limits import traced_assumptions
+from graphopt.capture_limits import allowing_one, traced_assumptions
 from graphopt.capture_modes import changes_mode, inline_grad_modes
 from graphopt.errors import CaptureError
 from graphopt.program import (
@@ -22,9 +23,12 @@ from graphopt.program import (
     ProgramInput,
     ProgramOutput,
     is_mutating,
+    val,
 )
 from graphopt.source import source_line
 
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _INPUT_KINDS = {
     TorchInput.PARAMETER: InputKind.PARAMETER,
     TorchInput.BUFFER: InputKind.BUFFER,
@@ -36,7 +40,6 @@ _OUTPUT_KINDS = {
     TorchOutput.LOSS_OUTPUT: OutputKind.USER,
     TorchOutput.BUFFER_MUTATION: OutputKind.BUFFER_MUTATION,
     TorchOutput.USER_INPUT_MUTATION: OutputKind.INPUT_MUTATION,
-    getattr(TorchOutput, "PARAMETER_MUTATION", None): OutputKind.BUFFER_MUTATION,
 }
 
 
@@ -61,11 +64,13 @@ def from_exported(exported: ExportedProgram, *, training: bool, frozen: bool) ->
         CallSpec(exported.call_spec.in_spec, exported.call_spec.out_spec, names),
         frozen=frozen,
         training=training,
-        range_constraints=dict(exported.range_constraints),
+        range_constraints={s: allowing_one(r) for s, r in exported.range_constraints.items()},
         assumptions=assumptions,
         notes=notes,
     )
     _require_functional(program)
+    if not frozen:
+        _keep_differentiable(program.graph)
     _drop_unread(program)
     return program
 
@@ -79,13 +84,13 @@ def _functional(exported: ExportedProgram, *, frozen: bool) -> tuple[ExportedPro
     unsaid = inline_grad_modes(exported.graph_module, trained)
     if unsaid and not frozen:
         raise CaptureError(
-            "a value with a gradient is written in place under torch.no_grad(); its gradient would "
-            "be lost",
+            "a value with a gradient is written in place where autograd does not see it (under "
+            "torch.no_grad(), or through .detach() or .data); its gradient would be lost",
             where=source_line(unsaid[0]),
-            fix="write into a copy made with .detach().clone(), or outside torch.no_grad()",
+            fix="write into a copy made with .detach().clone(), or let autograd see the write",
         )
     lines = dict.fromkeys(str(source_line(n)) for n in unsaid)
-    notes = [f"gradients do not pass the in-place write under no_grad at {x}" for x in lines]
+    notes = [f"gradients do not pass the in-place write at {x}" for x in lines]
     return exported.run_decompositions({}), notes
 
 
@@ -133,6 +138,12 @@ def _first_use(exported: ExportedProgram, name: str) -> str | None:
 
 def _output(spec: OutputSpec) -> ProgramOutput:
     kind = _OUTPUT_KINDS.get(spec.kind)
+    if kind is None and spec.kind.name == "PARAMETER_MUTATION":
+        raise CaptureError(
+            f"forward writes the parameter {spec.target} in place",
+            where=str(spec.target),
+            fix="register it as a buffer if forward updates it, or update it outside forward",
+        )
     if kind is None:
         raise CaptureError(
             f"the exported program returns a {spec.kind.name.lower().replace('_', ' ')}",
@@ -149,9 +160,52 @@ def _require_functional(program: Program) -> None:
 
 
 def _drop_unread(program: Program) -> None:
-    """Placeholders of tied duplicates go; their names stay in ``state`` as aliases."""
+    """Placeholders of tied duplicates go; their names stay in ``state`` as aliases.
+
+    A file keeps tied tensors as two views of one storage; the unread one becomes the read one.
+    """
     for node, target in program.state_nodes().items():
         if not node.users and target not in program.mutated_state():
             program.graph.erase_node(node)
             del program.inputs[node.name]
+    read = set(program.state_nodes().values())
+    places = {_place(program.state[name]): program.state[name] for name in read}
+    for name, tensor in program.state.items():
+        if name not in read and tensor.numel():
+            program.state[name] = places.get(_place(tensor), tensor)
     program.recompile()
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Which memory a tensor shows, and how."""
+    start = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return (*start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _keep_differentiable(graph: fx.Graph) -> None:
+    """Spell what cannot be trained as traced in operators that can.
+
+    ``view`` relies on the strides of the backend that attention chose while tracing, ``reshape`` on
+    none; ``copy``, which slice assignments leave behind, has no derivative.
+    """
+    for node in list(graph.nodes):
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+        elif node.target is aten.copy.default:
+            _spell_copy(graph, node)
+
+
+def _spell_copy(graph: fx.Graph, node: fx.Node) -> None:
+    """``copy(x, source)`` is ``source`` in the shape, dtype and device of ``x``."""
+    value: Any = node.args[1]
+    target, given = val(node.args[0]), val(value)
+    with graph.inserting_before(node):
+        if (given.dtype, given.device) != (target.dtype, target.device):
+            kind = {"dtype": target.dtype, "device": target.device}
+            value = graph.call_function(aten._to_copy.default, (value,), kind)
+            value.meta = {**node.meta, "val": given.to(target.dtype)}
+        if given.shape != target.shape:
+            value = graph.call_function(aten.expand_as.default, (value, node.args[0]))
+            value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)

@@ -50,7 +50,7 @@ def settle(program: Program, axes: Axes, call: tuple[Any, Any]) -> None:
     """Write names, ranges and notes of the declared axes into the program.
 
     torch traces with sizes of at least 2. That lower bound is not the model's, so 1 is allowed; a
-    verifier has to try it.
+    verifier has to try it (see `allowing_one`).
     """
     nodes = _nodes(program, call)
     sizes = [(axis, _size(axis, nodes)) for axis in axes.declared]
@@ -65,17 +65,20 @@ def settle(program: Program, axes: Axes, call: tuple[Any, Any]) -> None:
     program.notes += dict.fromkeys(_sentences(program, sizes))
 
 
+def allowing_one(traced: Any) -> Any:
+    """A traced range with torch's own lower bound of 2 replaced by 1."""
+    return ValueRanges(1, traced.upper) if traced.lower in (0, 2) else traced
+
+
 def _narrowed(traced: Any, axis: Axis) -> Any:
-    wide = ValueRanges(1, sympy.oo) if traced is None else traced
-    low = 1 if wide.lower <= 2 else wide.lower
-    allowed = ValueRanges(low, wide.upper)
+    allowed = ValueRanges(1, sympy.oo) if traced is None else traced
     declared = ValueRanges(axis.low, allowed.upper if axis.high is None else axis.high)
     return allowed & declared
 
 
 def _sentences(program: Program, sizes: list[tuple[Axis, sympy.Expr]]) -> Iterator[str]:
     for axis, size in sizes:
-        allowed = program.range_constraints.get(size)
+        allowed = program.range_constraints.get(size) if axis.root is None else None
         own = program.axis_names.get(size, axis.name)
         if (
             allowed is not None

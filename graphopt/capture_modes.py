@@ -108,12 +108,12 @@ def _stop_gradients(module: fx.GraphModule, starts: set[fx.Node]) -> Iterator[fx
     for node in list(module.graph.nodes):
         for body in _bodies(module, node):
             yield from _stop_gradients(body, _inner_starts(body, node, history))
+        if is_mutating(node.target) and any(_unsaid(w, node, history) for w in _written(node)):
+            yield node
         if node.meta.get(GRADIENTS, True) or _handles_modes(node):
             if _is_differentiable(node) and not history.isdisjoint(node.all_input_nodes):
                 history.add(node)
             continue
-        if is_mutating(node.target) and not history.isdisjoint(map(_base, _written(node))):
-            yield node
         for source in filter(_enters, node.all_input_nodes):
             if source not in stopped:
                 stopped[source] = _detached(module.graph, source, before=node)
@@ -158,14 +158,16 @@ def _written(node: fx.Node) -> set[fx.Node]:
     return {a for a in flat if isinstance(a, fx.Node)}
 
 
-def _base(node: fx.Node) -> fx.Node:
-    """The value that a chain of views, and of `detach` made here, shows a part of."""
+def _unsaid(written: fx.Node, writer: fx.Node, history: set[fx.Node]) -> bool:
+    """Whether autograd does not see the write: gradients are off, or it goes through `detach`."""
+    hidden, node = writer.meta.get(GRADIENTS, True) is False, written
     while isinstance(node.target, torch._ops.OpOverload) and not is_mutating(node.target):
+        hidden = hidden or node.target is _DETACH
         aliases = any(r.alias_info is not None for r in node.target._schema.returns)
         if not aliases or not isinstance(node.args[0], fx.Node):
             break
         node = node.args[0]
-    return node
+    return hidden and node in history
 
 
 def _detached(graph: fx.Graph, source: fx.Node, *, before: fx.Node) -> fx.Node:

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.capture_modes import GRADIENTS
+from graphopt.huggingface import EXACT_FUNCTIONS
 from graphopt.source import calling_line, is_user_file
 
 _SENTINEL = 0x6A09E667
 _CONTAINERS = (list, dict, set)
-_TABLES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
+# Attributes that a trace itself replaces; recurrent layers keep their weights twice.
+_TABLES = frozenset(vars(nn.Module())) - {"training"}
+_TABLES |= {"forward", "_flat_weights", "_flat_weight_refs"}
 
 
 @dataclass
@@ -194,7 +197,10 @@ def _patches(watch: Watch) -> Iterator[Any]:
         if cls is torch.utils.checkpoint.CheckpointFunction:
             watch.note("activation checkpointing is not part of a graph: activations are kept")
             return args[0](*args[2:])
-        if not cls.__module__.startswith("torch."):
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name in EXACT_FUNCTIONS:
+            return cls.forward(mock.Mock(), *args)
+        if not name.startswith("torch."):
             watch.lose(f"the backward of {cls.__name__} (a torch.autograd.Function)")
         return apply(cls, *args, **kwargs)
 
@@ -231,10 +237,20 @@ def _grad_patches(watch: Watch) -> Iterator[Any]:
         watch.lose("a backward pass inside forward, which writes .grad")
         return backward(self, *args, **kwargs)
 
+    yield mock.patch.object(torch.Tensor, "data", property(_detached, _set_data), create=True)
     yield mock.patch.object(torch.Tensor, "register_hook", register_hook)
     yield mock.patch.object(torch.Tensor, "backward", backward_seen)
     yield mock.patch.object(torch.inference_mode, "__enter__", _enter_inference)
     yield mock.patch.object(torch.inference_mode, "__exit__", _exit_inference)
+
+
+def _detached(self: Tensor) -> Tensor:
+    """``x.data`` leaves a trace; ``x.detach()`` is the same value in it."""
+    return self.detach()
+
+
+def _set_data(self: Tensor, value: Tensor) -> None:
+    torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
 
 
 def _enter_inference(self: Any) -> None:

@@ -21,6 +21,9 @@ OUTPUT_FLAGS = (
     "return_loss",
 )
 
+# Functions whose backward is the derivative of their forward, so that tracing loses nothing.
+EXACT_FUNCTIONS = frozenset({"transformers.models.bloom.modeling_bloom.GeLUFunction"})
+
 
 def pretrained_models(model: nn.Module) -> list[nn.Module]:
     """Every ``transformers.PreTrainedModel`` in ``model``, the outermost first."""
