@@ -53,6 +53,17 @@ def test_side_files_come_along(tmp_path: Path) -> None:
     assert contents(tmp_path / "sub") == {"x": "x"}
 
 
+def test_the_target_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a reader never finds a new model beside old data that it still lacks."""
+    order: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append(a.name), replace(a, b))[1])
+    with atomic_path(tmp_path / "m.onnx") as path:
+        for name in ("m.onnx", "a.data", "z.data"):
+            path.with_name(name).write_text(name)
+    assert order[-1] == "m.onnx" and len(order) == 3
+
+
 def test_failing_rename_puts_the_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "m.onnx"
     target.write_text("old")

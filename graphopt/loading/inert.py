@@ -151,7 +151,7 @@ class _Reader(_Unpickler):
     def load_bytearray8(self) -> None:
         """As the base class, but reads before it allocates what the pickle claims."""
         (size,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(min(size, 1 << 40))))
+        self.append(bytearray(self.read(size)))
 
     def load_newobj(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()

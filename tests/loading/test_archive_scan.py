@@ -109,7 +109,7 @@ HOSTILE = {
     "case": (twice("m/model", "m/MODEL"), "is there twice"),
     "bomb": (bomb, "its size, over the limit"),
     "one bomb": (one_of_many_bombs, "its size, over the limit"),
-    "encrypted": (edited_info(encrypt), "encrypted"),
+    "encrypted": (edited_info(encrypt), "the member is encrypted"),
     "link": (edited_info(link), "symbolic link"),
     "overlap": (edited_info(overlap), "overlaps another"),
     "header": (edited_info(larger), "two headers disagree"),

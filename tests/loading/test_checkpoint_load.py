@@ -122,6 +122,17 @@ def test_refusal_names_the_globals_and_both_ways_on(
     assert any("pathlib" in name for name in inspect_file(path).unsafe_globals)
 
 
+def test_newer_protocol_is_named(tmp_path: Path) -> None:
+    """Harmless, but beyond the weights-only reader: it needs trust all the same."""
+    value = claims(10, (2, 5), (5, 1))
+    path = checkpoint(tmp_path / "m.pt", value, {"0": TEN}, protocol=4)
+    with pytest.raises(LoadError, match="pickle protocol 4") as refusal:
+        load_model(path, arch=ARCH)
+    assert "--trust-pickle" in (refusal.value.fix or "")
+    with pytest.raises(LoadError, match="fit the architecture"):
+        load_model(path, arch=ARCH, trust_pickle=True)
+
+
 @pytest.mark.parametrize("build", [zipped, legacy], ids=named)
 def test_trust_runs_it(build: Build, tmp_path: Path, marker: Path) -> None:
     """The option does what it says, which also shows that the payload is live."""

@@ -87,6 +87,10 @@ NESTS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "parallel": (lambda: prefixed("module."), ["'module.' (DataParallel)"]),
     "compiled": (lambda: prefixed("_orig_mod."), ["'_orig_mod.' (torch.compile)"]),
     "both": (lambda: prefixed("_orig_mod.module."), ["torch.compile", "DataParallel"]),
+    "half parallel": (
+        lambda: {k: v.half() for k, v in prefixed("module.").items() if "num_" not in k},
+        ["DataParallel", "converted weights from float16 to float32"],
+    ),
     "half": (
         lambda: {k: v.half() if v.is_floating_point() else v for k, v in state().items()},
         ["converted weights from float16 to float32"],
@@ -427,6 +431,7 @@ def test_adapter_and_index_that_lead_elsewhere(bert: Path, tmp_path: Path) -> No
         load_model(folder)
     folder = copied(bert, tmp_path / "index")
     index = {"weight_map": {"w": "../secret.safetensors"}}
+    (tmp_path / "secret.safetensors").write_bytes((bert / "model.safetensors").read_bytes())
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(LoadError, match="not a file of the folder"):
         load_model(folder)

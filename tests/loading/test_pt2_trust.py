@@ -98,14 +98,70 @@ def constant_text(contents: CONTENTS, marker: Path) -> None:
     bad = f"' or {payload_code(marker)} or '"
 
     def edit(program: dict) -> None:
-        graph, signature = (program["graph_module"][k] for k in ("graph", "signature"))
-        user = next(i for i, s in enumerate(signature["input_specs"]) if "user_input" in s)
+        graph, signature, user = first_input(program)
         graph["inputs"][user] = {"as_string": bad}
         value = {"name": "x", "value": {"as_string": bad}}
         signature["input_specs"][user] = {"constant_input": value}
         graph["nodes"] = []
         graph["outputs"] = []
         signature["output_specs"] = []
+
+    edit_json(contents, MODEL, edit)
+
+
+def first_input(program: dict) -> tuple[dict, dict, int]:
+    """The graph, its signature, and the position of the first input that the user gives."""
+    graph, signature = (program["graph_module"][k] for k in ("graph", "signature"))
+    specs = signature["input_specs"]
+    return graph, signature, next(i for i, s in enumerate(specs) if "user_input" in s)
+
+
+def constant_of_the_signature(contents: CONTENTS, marker: Path) -> None:
+    def edit(program: dict) -> None:
+        _, signature, user = first_input(program)
+        value = {"as_string": f"' or {payload_code(marker)} or '"}
+        signature["input_specs"][user] = {"constant_input": {"name": "x", "value": value}}
+
+    edit_json(contents, MODEL, edit)
+
+
+def text_as_number(contents: CONTENTS, marker: Path) -> None:
+    def edit(program: dict) -> None:
+        graph, _, user = first_input(program)
+        graph["inputs"][user] = {"as_int": f"' or {payload_code(marker)} or '"}
+
+    edit_json(contents, MODEL, edit)
+
+
+def keyword_of_the_structure(contents: CONTENTS, marker: Path) -> None:
+    def edit(program: dict) -> None:
+        signature = program["graph_module"]["module_call_graph"][0]["signature"]
+        protocol, spec = json.loads(signature["in_spec"])
+        spec["children_spec"][1]["context"] = json.dumps([f"scale=print({marker.name})"])
+        signature["in_spec"] = json.dumps([protocol, spec])
+
+    edit_json(contents, MODEL, edit)
+
+
+def enumeration(contents: CONTENTS, marker: Path) -> None:
+    """A key of an output mapping that says it is an enumeration of some module."""
+    (marker.parent / "hostile_module.py").write_text(payload_code(marker))
+    key = {"__enum__": True, "fqn": "hostile_module:Kind", "name": "ONE"}
+    leaf = {"type": None, "context": None, "children_spec": []}
+    spec = {"type": "builtins.dict", "context": json.dumps([key]), "children_spec": [leaf]}
+
+    def edit(program: dict) -> None:
+        entry = program["graph_module"]["module_call_graph"][0]
+        entry["signature"]["out_spec"] = json.dumps([1, spec])
+
+    edit_json(contents, MODEL, edit)
+
+
+def object_in_the_graph(contents: CONTENTS, marker: Path) -> None:
+    def edit(program: dict) -> None:
+        node = program["graph_module"]["graph"]["nodes"][-1]
+        argument = {"as_custom_obj": {"name": "thing", "class_fqn": "__torch__.Thing"}}
+        node["inputs"].append({"name": "thing", "arg": argument, "kind": 1})
 
     edit_json(contents, MODEL, edit)
 
@@ -120,6 +176,7 @@ RUNS_IN_TORCH = {
     guard: "more than a condition on sizes: a list",
     input_name: "would become code",
     argument_structure: "imports hostile_module and calls its __name__",
+    enumeration: "imports hostile_module:Kind",
 }
 
 
@@ -240,6 +297,10 @@ def endless_symbols(contents: CONTENTS, marker: Path) -> None:
 
 
 ALSO_REFUSED = {
+    constant_of_the_signature: "holds quotes or control characters",
+    text_as_number: "as_int is a str",
+    keyword_of_the_structure: "would become code",
+    object_in_the_graph: "holds a native object",
     constant_text: "holds quotes or control characters",
     function_by_path: "not an operator but some function",
     function_as_argument: "not an operator but some function",
