@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from graphopt.analysis.axis_rules.call import Call, Outcome, rule
-from graphopt.analysis.axis_rules.labels import Label, Term, combine, term
+from graphopt.analysis.axis_rules.labels import Label, Term, combine
 from graphopt.analysis.axis_rules.pointwise import trailing
 from graphopt.analysis.axis_rules.sizes import Shape, Size, Untrackable, quotient
 
@@ -41,7 +41,7 @@ def attention(call: Call) -> Outcome:
         terms,
         results,
         {"s": "softmax"},
-        fixed=["l"] if call["is_causal"] else [],
+        fixed=["l"] * call["is_causal"] + ["f"] * ("flash" in call.op),
         random=call["dropout_p"] != 0,
     )
 
@@ -85,7 +85,7 @@ def recurrent(call: Call) -> Outcome:
     hidden = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     terms = [Term(call["input"], [*sequence, "i"])]
     terms += [Term(node, ["layer", *b, "h"]) for node in hidden]
-    terms += [Term(node, [("w", k) for k in range(call.rank(node))]) for node in call["params"]]
+    terms += [_own(call, node) for node in call["params"]]
     states: list[list[Label]] = [["layers", *b, "out"]] * (len(call.results) - 1)
     random = call["dropout"] != 0 and call["train"]
     return combine(call, terms, [[*sequence, "out"], *states], {"t": "scan"}, random=bool(random))
@@ -97,6 +97,11 @@ def recurrent_cell(call: Call) -> Outcome:
     hidden = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     batch: list[Label] = ["b"] if call.rank(call["input"]) == 2 else []
     weights = [call[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    terms = [Term(node, [*batch, "in"]) for node in (call["input"], *hidden)]
-    terms += [term(w, *[("w", k) for k in range(call.rank(w))]) for w in weights if w]
+    terms = [Term(call["input"], [*batch, "i"]), *(Term(node, [*batch, "h"]) for node in hidden)]
+    terms += [_own(call, weight) for weight in weights if weight is not None]
     return combine(call, terms, [[*batch, "out"]] * len(call.results))
+
+
+def _own(call: Call, weight: Node) -> Term:
+    """A weight all of whose dims are contracted or gates."""
+    return Term(weight, [(weight.name, k) for k in range(call.rank(weight))])

@@ -41,7 +41,8 @@ def convolution(call: Call) -> Outcome:
     ]
     mixed: dict[Label, MixKind] = {("in", k): "convolve" for k in range(space)}
     mixed |= {("out", k): "convolve" for k in range(space)} if transposed else {}
-    fixed = ["g", "i", "o"] if groups != 1 else []
+    fixed: list[Label] = ["g", "i", "o"] if groups != 1 else []
+    fixed += [tap for tap, _ in taps]
     return combine(call, terms, [_term(None, [*batch, *outputs, *after])], mixed, fixed=fixed)
 
 

@@ -7,12 +7,12 @@ pieces are positions of no index. Pieces that were cut from one tensor meet agai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from torch.fx import Node
 
-from graphopt.analysis.axis_rules.call import Aligned, Call, Outcome, rule
+from graphopt.analysis.axis_rules.call import Call, Outcome, rule
 from graphopt.analysis.axis_rules.cut import narrow, repeat, select
 from graphopt.analysis.axis_rules.fold import reshape
 from graphopt.analysis.axis_rules.labels import Term, combine
@@ -62,10 +62,10 @@ def _join(call: Call, nodes: Sequence[Node], shapes: Sequence[Shape], dim: int) 
     pieces = _pieces(call, nodes, shapes, dim)
     changes = _copies(pieces, dim) or _shifts(pieces, dim, call.results[0][dim])
     names = [*range(len(call.results[0]))]
-    terms = [Term(p.node, names, p.shape, c) for p, c in zip(pieces, changes, strict=True)]
-    outcome = combine(call, terms, [names], fixed=[dim])
-    aligned = tuple(kept for a in outcome.aligned if (kept := across(a, dim)).placement.legs)
-    return replace(outcome, aligned=aligned)
+    terms = [
+        Term(p.node, names, p.shape, c, own=[dim]) for p, c in zip(pieces, changes, strict=True)
+    ]
+    return combine(call, terms, [names], fixed=[dim])
 
 
 def _pieces(call: Call, nodes: Sequence[Node], shapes: Sequence[Shape], dim: int) -> list[_Piece]:
@@ -124,10 +124,3 @@ def _progression(pieces: list[_Piece], dim: int, total: Size) -> list[Placement]
     if step in (None, 0) or not first.pinned or not second.pinned:
         return []
     return [Placement((Leg(dim, total, step),), tidy(first.start - step * begin))]
-
-
-def across(aligned: Aligned, dim: int) -> Aligned:
-    """What is left of an aligned operand besides the joined dim, along which it is itself."""
-    others = {leg.dim: leg.dim for leg in aligned.placement.legs if leg.dim != dim}
-    place = aligned.placement.moved(others)
-    return replace(aligned, placement=place, partial=aligned.partial or place != aligned.placement)

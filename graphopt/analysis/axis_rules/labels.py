@@ -8,7 +8,7 @@ one broadcasts and carries nothing. Names are any hashables; ``None`` stands for
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch.fx import Node
@@ -28,12 +28,14 @@ class Term:
     """A tensor and the names of its dims.
 
     ``shape``: view it so first (``(C,) -> (groups, c)``); ``change``: then move its placement.
+    ``own``: names along which its positions are not those of other operands (a piece of a cat).
     """
 
     node: Node | None
     labels: Labels
     shape: Shape | None = None
     change: Callable[[Placement], Placement] = lambda place: place
+    own: Collection[Label] = ()
 
 
 def term(node: Node | None, *labels: Label) -> Term:
@@ -151,9 +153,19 @@ def _aligned(call: Call, leaf: _Leaf, terms: list[Term]) -> Iterable[Aligned]:
             continue
         real = call.shape(other.node)
         shape = other.shape or real
-        spots = {label: k for k, label in enumerate(other.labels) if shape[k] != 1}
+        spots = {
+            label: k
+            for k, label in enumerate(other.labels)
+            if shape[k] != 1 and label not in other.own
+        }
         dims = {dim: spots[label] for dim, label in leaf.labels.items() if label in spots}
         carried = {dim for place in _places(call, other) for dim in place.dims}
         if dims and not carried & set(dims.values()):
-            place = reshape(leaf.place.moved(dims), shape, real)
+            place = reshape(_fitted(leaf.place.moved(dims), shape), shape, real)
             yield Aligned(other.node, place, partial=len(dims) < len(leaf.labels))
+
+
+def _fitted(place: Placement, shape: Shape) -> Placement:
+    """For an operand that is read only in part, or not to the end: its dims as long as they are."""
+    legs = (replace(leg, size=shape[leg.dim]) if leg.whole else leg for leg in place.legs)
+    return replace(place, legs=tuple(legs))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graphopt.analysis.axis_rules.call import Call, MixKind, Outcome, rule
+from graphopt.analysis.axis_rules.call import Call, MixKind, Outcome, is_tensor, rule
 from graphopt.analysis.axis_rules.labels import Label, Term, combine, term
 from graphopt.analysis.axis_rules.pointwise import trailing
 
 
-def _reduced(call: Call, terms: Sequence[Term], kept: Sequence[Label]) -> Outcome:
+def _reduced(
+    call: Call, terms: Sequence[Term], kept: Sequence[Label], fixed: Sequence[Label] = ()
+) -> Outcome:
     """Names that a reduction takes away mix as ``reduce``."""
     results = [kept if len(shape) == len(kept) else () for shape in call.results]
     mixed: dict[Label, MixKind] = {} if call["reduction"] == 0 else dict.fromkeys(kept, "reduce")
-    return combine(call, terms, results, mixed, lost="reduce")
+    return combine(call, terms, results, mixed, lost="reduce", fixed=fixed)
 
 
 @rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "binary_cross_entropy",
@@ -51,7 +53,9 @@ def row_loss(call: Call) -> Outcome:
     """Rows ``(*n, c)`` with a target per row or per element: a value per row."""
     rank = max(call.rank(node) for node in call.tensors)
     names: list[Label] = [*range(rank - 1), "c"]
-    terms = [Term(node, names[: call.rank(node)]) for node in call.tensors]
+    classes = call.get("weight")
+    rows = [node for node in call.tensors if node is not classes]
+    terms = [*(Term(node, names[: call.rank(node)]) for node in rows), term(classes, "c")]
     return _reduced(call, terms, names[:-1])
 
 
@@ -66,5 +70,6 @@ def ctc_loss(call: Call) -> Outcome:
     terms = [Term(call["log_probs"], ["t", *b, "c"])]
     terms.append(Term(call["targets"], [*b, "l"][-call.rank(call["targets"]) :]))
     lengths = [call["input_lengths"], call["target_lengths"]]
-    terms += [Term(node, b) for node in call.tensors if node in lengths]
-    return _reduced(call, terms, b)
+    tensors = [value for value in lengths if is_tensor(value)]
+    terms += [Term(node, b) for node in tensors]
+    return _reduced(call, terms, b, fixed=() if tensors else b)

@@ -46,8 +46,7 @@ def _whole(value: Size | None) -> Size:
 
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit.no_stats",
       "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training",
-      "_batch_norm_with_update_functional", "_batch_norm_no_update",
-      "cudnn_batch_norm")  # fmt: skip
+      "_batch_norm_with_update_functional", "_batch_norm_no_update")  # fmt: skip
 def batch_norm(call: Call) -> Outcome:
     """Per channel; over batch and space in training, by fixed statistics in evaluation."""
     names: list[Label] = ["n", "c", *range(call.rank(call.main) - 2)]

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from graphopt.analysis.axis_rules.call import Call, Outcome, rule
 from graphopt.analysis.axis_rules.labels import Term, combine
-from graphopt.analysis.axis_rules.sizes import Shape
+from graphopt.analysis.axis_rules.sizes import Shape, Untrackable
 
 
 def trailing(rank: int) -> tuple[int, ...]:
@@ -51,23 +51,17 @@ def elementwise(call: Call) -> Outcome:
 
 @rule(
     "alias", "detach", "lift_fresh", "lift_fresh_copy", "lift", "contiguous", "_to_copy",
-    "to.dtype", "to.device", "to.dtype_layout", "to.other", "to.prim_dtype", "to.prim_device",
-    "type_as", "pin_memory", "_conj", "_neg_view", "resolve_conj", "resolve_neg",
+    "to.dtype", "to.device", "to.dtype_layout", "to.other", "to.prim_dtype",
+    "type_as", "_conj", "_neg_view", "resolve_conj", "resolve_neg",
 )  # fmt: skip
 def same(call: Call) -> Outcome:
     """The first argument as it is; a second one only says which dtype or device."""
     return spread(call, [call.main])
 
 
-@rule("copy")
-def copy(call: Call) -> Outcome:
-    """``copy(self, src)``: the values of ``src`` in the shape of ``self``."""
-    node = call["src"]
-    return combine(call, [Term(node, trailing(call.rank(node)))], [trailing(len(call.results[0]))])
-
-
-@rule("fill.Scalar", "fill.Tensor", "zero")
-def fill(call: Call) -> Outcome:
+@rule("copy", "fill.Scalar", "fill.Tensor", "zero")
+def overwrite(call: Call) -> Outcome:
+    """The values of another tensor or a number in the shape of the first, and sliced with it."""
     return spread(call, call.tensors)
 
 
@@ -86,4 +80,6 @@ def prelu(call: Call) -> Outcome:
 def noise(call: Call) -> Outcome:
     """Elementwise with random draws, unless the call is in inference mode."""
     quiet = call.get("train", "training", default=True) is False or call.get("p") == 0
+    if call.op == "rrelu" and not quiet:
+        raise Untrackable("how many random numbers are drawn depends on the values")
     return spread(call, call.tensors, random=not quiet)

@@ -129,4 +129,6 @@ def grid_sampler(call: Call) -> Outcome:
 def affine_grid(call: Call) -> Outcome:
     """``theta[n, i, j] -> grid[n, *space, i]``."""
     space = [("out", k) for k in range(len(call.results[0]) - 2)]
-    return combine(call, [term(call["theta"], "n", "i", "j")], [["n", *space, "i"]], fixed=["n"])
+    return combine(
+        call, [term(call["theta"], "n", "i", "j")], [["n", *space, "i"]], fixed=["n", "i"]
+    )

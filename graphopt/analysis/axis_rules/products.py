@@ -13,7 +13,7 @@ from graphopt.analysis.axis_rules.pointwise import trailing
 from graphopt.analysis.axis_rules.sizes import Untrackable
 
 
-@rule("mm", "mm.dtype", "bmm", "bmm.dtype", "matmul", "linalg_matmul", "mv", "dot", "vdot",
+@rule("mm", "bmm", "matmul", "linalg_matmul", "mv", "dot", "vdot",
       "_int_mm")  # fmt: skip
 def matmul(call: Call) -> Outcome:
     """``a[*b, m, k], w[*b, k, n] -> out[*b, m, n]``; a vector has ``k`` alone."""
@@ -21,7 +21,7 @@ def matmul(call: Call) -> Outcome:
     return combine(call, terms, [result])
 
 
-@rule("addmm", "addmm.dtype", "baddbmm", "baddbmm.dtype", "addmv", "_addmm_activation")
+@rule("addmm", "baddbmm", "addmv", "_addmm_activation")
 def add_matmul(call: Call) -> Outcome:
     """A product plus ``self``, which broadcasts."""
     added, left, right = call.tensors[:3]

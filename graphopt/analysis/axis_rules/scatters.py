@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from graphopt.analysis.axis_rules.call import Call, Outcome, is_tensor, rule
 from graphopt.analysis.axis_rules.cuts import from_front
 from graphopt.analysis.axis_rules.gathers import prefix
-from graphopt.analysis.axis_rules.joins import across, shift
+from graphopt.analysis.axis_rules.joins import shift
 from graphopt.analysis.axis_rules.labels import Label, Term, combine, term
 from graphopt.analysis.axis_rules.pointwise import trailing
 from graphopt.analysis.axis_rules.sizes import Size, Untrackable
@@ -67,10 +65,8 @@ def _embedded(call: Call, dim: int, source: Term, begin: Size) -> Outcome:
     total = call.shape(call.main)[dim]
     wholes = [place for place in call.places(call.main) if place.on(dim)]
     change = shift(begin, dim, total, wholes)
-    terms = [Term(call.main, names), Term(source.node, names, source.shape, change)]
-    outcome = combine(call, terms, [names], fixed=[dim])
-    aligned = (across(a, dim) if a.node is source.node else a for a in outcome.aligned)
-    return replace(outcome, aligned=tuple(a for a in aligned if a.placement.legs))
+    terms = [Term(call.main, names), Term(source.node, names, source.shape, change, own=[dim])]
+    return combine(call, terms, [names], fixed=[dim])
 
 
 @rule("masked_scatter")
