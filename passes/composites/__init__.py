@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graphopt.passes.composites.activations import (
+    RecognizeGelu,
+    RecognizeHardswish,
+    RecognizeSilu,
+)
 from graphopt.passes.composites.attention import RecognizeAttention
+from graphopt.passes.composites.norms import RecognizeLayerNorm, RecognizeRMSNorm
+from graphopt.passes.composites.softmax import RecognizeSoftmax
 from graphopt.rewrite import Pass, Rule
 
 __all__ = ["RecognizeComposites"]
@@ -23,4 +30,7 @@ class RecognizeComposites(Pass):
     assume_visible: bool = False
 
     def rules(self) -> Sequence[Rule]:
-        return (RecognizeAttention(self.assume_visible),)
+        norms = (RecognizeLayerNorm(), RecognizeRMSNorm())
+        activations = (RecognizeGelu(), RecognizeSilu(), RecognizeHardswish())
+        attention = RecognizeAttention(self.assume_visible)
+        return (attention, RecognizeSoftmax(), *norms, *activations)

@@ -64,7 +64,7 @@ def bounds(program: Program, value: Any) -> Bounds:
         return 0.0, 1.0
     if program.is_constant(value):
         tensor = program.tensor(value)
-        return (float(tensor.min()), float(tensor.max())) if tensor.numel() else (0.0, 0.0)
+        return (tensor.min().item(), tensor.max().item()) if tensor.numel() else (0.0, 0.0)
     if program.target_of(value) in program.state:
         return _ORDINARY
     return _of_call(program, value) if value.op == "call_function" else UNKNOWN

@@ -132,7 +132,7 @@ def fill_of(program: Program, value: Any) -> float | None:
         return None
     if program.is_constant(value):
         filled = program.tensor(value)[program.tensor(value) != 0]
-        return float(filled.max()) if filled.numel() else None
+        return filled.max().item() if filled.numel() else None
     if value.target in FILLED:
         return number(program, arguments(value)["fill_value"])
     if value.target in TRIANGLES or keeps_place(value):
