@@ -92,7 +92,7 @@ def _until_sound(program: Program, step: Pass, context: Context) -> _Outcome:
         start = time.perf_counter()
         verdicts = _verify(program, log, context)
         verify_seconds += time.perf_counter() - start
-        bad = {k: v for k, v in verdicts.items() if not v.ok or not pays(v.seconds)}
+        bad = {k: v for k, v in verdicts.items() if not v.ok or not pays(v.pace)}
         if not bad:
             return _Outcome(work, log, verdicts, rejected, verify_seconds)
         if context.strict:
@@ -141,8 +141,8 @@ def failure(verdict: Verdict) -> str:
             f"gradients: {gradients.note} "
             f"(relative error {gradients.rms:.2g}, allowed {gradients.bound:.2g})"
         )
-    if verdict.seconds is not None and not pays(verdict.seconds):
-        old, new = verdict.seconds
+    if verdict.pace is not None and not pays(verdict.pace):
+        old, new, _ = verdict.pace
         return f"slower here: {new * 1e6:.0f} us instead of {old * 1e6:.0f} us"
     return "verified"
 
@@ -205,7 +205,7 @@ def _applied(step: Pass, rewrite: Rewrite, verdict: Verdict, digest: str) -> App
         runs=verdict.runs,
         notes=tuple(verdict.notes),
     )
-    speedup = verdict.seconds[0] / verdict.seconds[1] if verdict.seconds else None
+    speedup = verdict.pace.old / verdict.pace.new if verdict.pace else None
     return Applied(
         step.name,
         rewrite.rule.name,

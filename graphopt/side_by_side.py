@@ -13,7 +13,11 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import GraphoptError
 from graphopt.inputs import Inputs, from_file, from_spec
-from graphopt.loading import LoadedModel, load_model
+from graphopt.loading import Limits, LoadedModel, load_model
+from graphopt.loading.sniff import sniff
+
+STATE_DICTS = ("checkpoint", "legacy", "safetensors")
+"""Kinds of file that ``arch`` is for."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def _row(index: int, a: Tensor, b: Tensor, tolerance: float) -> OutputRow:
 
 def open_runnable(path: str, *, arch: str | None, trust_pickle: bool) -> Runnable:
     """A file as something that runs on named inputs."""
-    loaded = load_model(path, arch=arch, trust_pickle=trust_pickle)
+    weights = sniff(Path(path), Limits.from_env()) in STATE_DICTS
+    loaded = load_model(path, arch=arch if weights else None, trust_pickle=trust_pickle)
     if loaded.kind == "onnx":
         return Runnable(loaded.source.name, _onnx_runner(loaded.source), None)
     if loaded.exported is not None:

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 from graphopt.program import Program, val
 from graphopt.rewrite.driver import Log, Rewrite
 from graphopt.rewrite.rule import Numeric
-from graphopt.rewrite.subgraph import Subgraph
+from graphopt.rewrite.subgraph import Subgraph, float64_by_default
 from graphopt.verify.measure import Measure, compare, worst
+from graphopt.verify.timing import Pace
 
 SEED = 20240
 
@@ -38,14 +39,14 @@ _RANDOM_P = {
 class Verdict:
     """What replaying showed for one rewrite: errors of outputs and of gradients, and its speed.
 
-    ``seconds`` holds the times of the original and the new piece, where they were measured.
+    ``pace`` holds the times of the original and the new piece, where they were measured.
     """
 
     rewrite: Rewrite
     outputs: Measure
     gradients: Measure | None = None
     runs: int = 0
-    seconds: tuple[float, float] | None = None
+    pace: Pace | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -60,7 +61,7 @@ class Verdict:
             worst([self.outputs, other.outputs]),
             worst(found) if found else None,
             self.runs + other.runs,
-            self.seconds or other.seconds,
+            self.pace or other.pace,
             list(dict.fromkeys(self.notes + other.notes)),
         )
 
@@ -132,7 +133,7 @@ class Replay(fx.Interpreter):
         after = [self._value(rewrite.after, n) for n in rewrite.after.inputs]
         verdict, made = judge(rewrite, before, after, self._asked(rewrite.before))
         if self.stopwatch is not None and verdict.ok:
-            verdict.seconds = self.stopwatch(rewrite, before, after)
+            verdict.pace = self.stopwatch(rewrite, before, after)
         self.verdicts.append(verdict)
         for name, value in made.items():
             if self.uses[name] > 0:
@@ -181,8 +182,10 @@ def judge(
     numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
     old, _ = _evaluate(rewrite.before, before)
     new, made = _evaluate(rewrite.after, after)
-    wide = [_double(v) for v in before]
-    exact = old if numeric is Numeric.BITWISE else _evaluate(rewrite.before.wide, wide)[0]
+    exact = old
+    if numeric is not Numeric.BITWISE:
+        with float64_by_default():
+            exact, _ = _evaluate(rewrite.before.wide, [_double(v) for v in before])
     rows = [compare(o, n, e, numeric, tolerance) for o, n, e in zip(old, new, exact, strict=True)]
     verdict = Verdict(rewrite, worst(rows), runs=1)
     if any(isinstance(o, Tensor) and o.is_floating_point() and bool(o.isnan().any()) for o in old):
@@ -209,7 +212,8 @@ def _judge_gradients(
     if new is None:
         verdict.gradients = Measure(1.0, 1.0, 0.0, 0.0, False, "the new piece has no gradient")
         return
-    wide = _gradients(rewrite.before.wide, [_double(v) for v in before], shared) or old
+    with float64_by_default():
+        wide = _gradients(rewrite.before.wide, [_double(v) for v in before], shared) or old
     numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
     if numeric is Numeric.BITWISE:
         numeric = Numeric.REASSOCIATED  # sums over users of a shared value may be reordered

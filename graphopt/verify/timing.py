@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +20,25 @@ TOLERATED = 1.02
 """A rewrite within this ratio of the original's time is kept: it is not slower beyond noise."""
 
 
+class Pace(NamedTuple):
+    """Median seconds of the original and the new piece, and in how many pairs the new was slower."""
+
+    old: float
+    new: float
+    slower: int
+
+
 class Stopwatch:
     """Times each distinct pair of pieces once; equal structures share the measurement."""
 
     def __init__(self, *, train: bool, budget: float = 0.25) -> None:
         self.train, self.budget = train, budget
-        self.known: dict[tuple[str, str, str], tuple[float, float]] = {}
+        self.known: dict[tuple[str, str, str], Pace] = {}
 
     def __call__(
         self, rewrite: Rewrite, before: Sequence[Any], after: Sequence[Any]
-    ) -> tuple[float, float] | None:
-        """Median seconds of the original and the new piece; ``None`` where time is no question."""
+    ) -> Pace | None:
+        """How the two pieces compare; ``None`` where time is no question."""
         if rewrite.rule.profit is Profit.ALWAYS:
             return None
         key = (rewrite.rule.name, rewrite.before.structure, rewrite.after.structure)
@@ -48,20 +56,21 @@ class Stopwatch:
         return lambda: _forward_backward(module, values)
 
 
-def pays(seconds: tuple[float, float] | None) -> bool:
-    """Whether the new time is not above the old beyond noise."""
-    return seconds is None or seconds[1] <= seconds[0] * TOLERATED
+def pays(pace: Pace | None) -> bool:
+    """Whether the new piece is not slower beyond noise: in the median, and pair after pair."""
+    if pace is None:
+        return True
+    return pace.new <= pace.old * TOLERATED or pace.slower < PAIRS - 1
 
 
-def interleaved(
-    old: Callable[[], Any], new: Callable[[], Any], budget: float
-) -> tuple[float, float]:
-    """Median seconds of two callables run in turn; short ones are repeated within ``budget``."""
-    first = _once(old, 1), _once(new, 1)
-    repeat = max(1, int(budget / (2 * PAIRS) / max(max(first), 1e-7)))
-    repeat = min(repeat, 200)
+def interleaved(old: Callable[[], Any], new: Callable[[], Any], budget: float) -> Pace:
+    """Time two callables in turn; short ones are repeated within ``budget`` seconds."""
+    first = max(_once(old, 1), _once(new, 1), 1e-7)
+    repeat = min(max(1, int(budget / (2 * PAIRS) / first)), 200)
     rows = [(_once(old, repeat), _once(new, repeat)) for _ in range(PAIRS)]
-    return statistics.median(r[0] for r in rows), statistics.median(r[1] for r in rows)
+    slower = sum(n > o * TOLERATED for o, n in rows)
+    medians = (statistics.median(column) for column in zip(*rows, strict=True))
+    return Pace(*medians, slower)
 
 
 def _once(call: Callable[[], Any], repeat: int) -> float:
