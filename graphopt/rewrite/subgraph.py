@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -113,6 +114,17 @@ def widen(source: fx.Graph) -> fx.Graph:
         copies[node].args = _widened(copies[node].args)
         copies[node].kwargs = _widened(copies[node].kwargs)
     return graph
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """Floating tensors that an operator makes without being told a dtype are float64 inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _widened(structure: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 
 from graphopt.program import OutputKind, Program
 from graphopt.rewrite.rule import Numeric
-from graphopt.rewrite.subgraph import widen
+from graphopt.rewrite.subgraph import float64_by_default, widen
 from graphopt.verify.measure import Measure, compare, worst
 from graphopt.verify.replay import SEED, _without_randomness
 
@@ -39,7 +40,8 @@ def run_program(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bo
     module = fx.GraphModule(program.graph_module, graph)
     leaves = _leaves(program, inputs, wide=wide, grad=grad)
     flat = [leaves[n.name] for n in program.placeholders()]
-    with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
+    dtypes = float64_by_default() if wide else nullcontext()
+    with dtypes, torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         outputs = tuple(fx.Interpreter(module).run(*flat))
         gradients = _backward(program, leaves, outputs) if grad else {}

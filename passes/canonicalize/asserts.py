@@ -91,6 +91,7 @@ class _Checked(nn.Module):
 
     def __init__(self, flag: bool | None) -> None:
         super().__init__()
+        self.flag: Tensor | None
         self.register_buffer("flag", None if flag is None else torch.tensor(flag))
 
     def forward(self, x: Tensor) -> Tensor:

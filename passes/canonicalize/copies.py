@@ -47,7 +47,7 @@ class PlainCopy(CopyFree):
     def applies(self, match: Match) -> bool:
         return same_value(match.root, match["x"]) and not _promises_layout(match.root)
 
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:  # noqa: ARG002
+    def rewrite(self, match: Match, build: Builder) -> Any:  # noqa: ARG002
         return match["x"]
 
     def examples(self) -> Iterable[Example]:
@@ -107,7 +107,7 @@ class WholeWrite(CopyFree):
     def applies(self, match: Match) -> bool:
         return same_value(match.root, match["x"])
 
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:  # noqa: ARG002
+    def rewrite(self, match: Match, build: Builder) -> Any:  # noqa: ARG002
         return match["x"]
 
     def examples(self) -> Iterable[Example]:
@@ -132,7 +132,7 @@ class WriteOfItself(CopyFree):
     def applies(self, match: Match) -> bool:
         return _same_place(match.root, match["inner"]) and same_value(match.root, match["x"])
 
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:  # noqa: ARG002
+    def rewrite(self, match: Match, build: Builder) -> Any:  # noqa: ARG002
         return match["x"]
 
     def examples(self) -> Iterable[Example]:
@@ -160,7 +160,7 @@ class ReadOfWrite(CopyFree):
     def applies(self, match: Match) -> bool:
         return _same_place(match.root, match["inner"])
 
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:  # noqa: ARG002
+    def rewrite(self, match: Match, build: Builder) -> Any:  # noqa: ARG002
         return match["x"]
 
     def examples(self) -> Iterable[Example]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.passes.canonicalize.identity import Identity, case, with_argument
+from graphopt.passes.canonicalize.identity import Identity, case, rebuilt
 from graphopt.program import val
 from graphopt.rewrite import Builder, Example, Match, arguments, op
 
@@ -43,11 +43,10 @@ class DimForm(Identity):
     pattern = op(_TARGETS, "x", ...)
 
     def applies(self, match: Match) -> bool:
-        return dim_form(match.root) != arguments(match.root)["dim"]
+        return bool(dim_form(match.root) != arguments(match.root)["dim"])
 
     def rewrite(self, match: Match, build: Builder) -> Any:
-        args, kwargs = with_argument(match.root, "dim", dim_form(match.root))
-        return build(match.root.target, *args, **kwargs)
+        return rebuilt(build, match.root, "dim", dim_form(match.root))
 
     def examples(self) -> Iterable[Example]:
         yield case("softmax", lambda x: x.softmax(2))

@@ -74,7 +74,8 @@ class _Detached(nn.Module):
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * getattr(self, self.name).detach() + self.weight
+        chosen: Tensor = getattr(self, self.name)
+        return x * chosen.detach() + self.weight
 
 
 def _input() -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.analysis.aliases import is_returned, memory_of
 from graphopt.program import Program, val
-from graphopt.rewrite import Candidate, Example, Match, Numeric, Profit, Refusal, Rule
+from graphopt.rewrite import Builder, Candidate, Example, Match, Numeric, Profit, Refusal, Rule
 from graphopt.rewrite.stride import same_layout
 
 aten = torch.ops.aten
@@ -79,16 +79,16 @@ def is_floating(node: Any) -> bool:
     return isinstance(fake, Tensor) and fake.dtype.is_floating_point
 
 
-def with_argument(node: fx.Node, name: str, value: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of a call with one of them replaced, at the place where it stands."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+def rebuilt(build: Builder, node: fx.Node, name: str, value: Any) -> Any:
+    """The same call with one argument replaced, at the place where it stands."""
+    target: Any = node.target
+    place = [a.name for a in target._schema.arguments].index(name)
     args, kwargs = list(node.args), dict(node.kwargs)
-    place = names.index(name)
     if place < len(args):
         args[place] = value
     else:
         kwargs[name] = value
-    return args, kwargs
+    return build(target, *args, **kwargs)
 
 
 class Call(nn.Module):

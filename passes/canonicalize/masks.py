@@ -17,8 +17,8 @@ from graphopt.passes.canonicalize.identity import (
     Identity,
     case,
     copy_refusal,
+    rebuilt,
     same_sizes,
-    with_argument,
 )
 from graphopt.passes.canonicalize.ranges import always_true, counted_axis
 from graphopt.passes.canonicalize.views import permute_form
@@ -80,10 +80,12 @@ class AndTrue(Identity):
     pattern = op(_ANDS, "a", "b")
 
     def applies(self, match: Match) -> bool:
-        return _kept(match) is not None and val(_kept(match)).dtype is torch.bool
+        kept = _kept(match)
+        return kept is not None and val(kept).dtype is torch.bool
 
     def check(self, match: Match) -> Refusal | None:
-        return copy_refusal(match.root, _kept(match))
+        kept = _kept(match)
+        return copy_refusal(match.root, kept) if kept else None
 
     def rewrite(self, match: Match, build: Builder) -> Any:
         kept, wanted = _kept(match), val(match.root).shape
@@ -126,8 +128,7 @@ class TrueMask(Identity):
         return always_true(match["mask"])
 
     def rewrite(self, match: Match, build: Builder) -> Any:
-        args, kwargs = with_argument(match.root, "attn_mask", None)
-        return build(match.root.target, *args, **kwargs)
+        return rebuilt(build, match.root, "attn_mask", None)
 
     def examples(self) -> Iterable[Example]:
         yield case("ones", lambda x: _attend(x, x.new_ones((6, 6), dtype=torch.bool)), (2, 4, 6, 8))

@@ -20,7 +20,7 @@ _MOVES = frozenset(
 )  # fmt: skip
 """Operators whose result holds values of their input only."""
 
-_COMPARISONS = {aten.ge.Scalar: operator.ge, aten.gt.Scalar: operator.gt}
+_COMPARISONS: dict[Any, Any] = {aten.ge.Scalar: operator.ge, aten.gt.Scalar: operator.gt}
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
@@ -51,10 +51,14 @@ def always_true(node: Any) -> bool:
         return arguments(source)["fill_value"] is True
     if source.target in (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor):
         return all(always_true(a) for a in source.args)
-    if source.target in _COMPARISONS:
-        least, bound = least_value(source.args[0]), source.args[1]
-        return least is not None and bool(_COMPARISONS[source.target](least, bound))
-    return False
+    compare = _COMPARISONS.get(source.target)
+    least, bound = (
+        least_value(source.args[0] if source.args else None),
+        arguments(source).get("other"),
+    )
+    if compare is None or least is None or not isinstance(bound, int | float):
+        return False
+    return bool(compare(least, bound))
 
 
 def least_value(node: Any) -> int | None:

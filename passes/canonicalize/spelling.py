@@ -19,7 +19,7 @@ from graphopt.rewrite import Builder, Example, Match, Refusal, arguments, either
 
 aten = torch.ops.aten
 
-_TENSOR_OVERLOAD = {
+_TENSOR_OVERLOAD: dict[Any, Any] = {
     aten.add.Scalar: aten.add.Tensor,
     aten.sub.Scalar: aten.sub.Tensor,
     aten.mul.Scalar: aten.mul.Tensor,

@@ -224,7 +224,7 @@ class SplitForm(Identity):
         return build(aten.split_with_sizes.default, match["x"], sizes, dim)
 
     def _dim(self, match: Match) -> int:
-        return int(arguments(match.root)["dim"]) % match.val("x").dim()
+        return int(arguments(match.root)["dim"] % match.val("x").dim())
 
     def examples(self) -> Iterable[Example]:
         yield case("chunk", lambda x: x.chunk(2, -1)[0] + x.chunk(2, -1)[1])
@@ -270,7 +270,8 @@ def permutation(node: fx.Node) -> list[int]:
     if node.target is aten.permute.default:
         return [int(d) % len(order) for d in arguments(node)["dims"]]
     if node.target is aten.transpose.int:
-        a, b = (int(d) for d in node.args[1:])
+        given = arguments(node)
+        a, b = given["dim0"], given["dim1"]
         order[a], order[b] = order[b], order[a]
         return order
     return order[::-1]
