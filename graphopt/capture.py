@@ -8,22 +8,21 @@ effects are seen, and the model is left as it was.
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphopt import huggingface
 from graphopt.capture_axes import Axes
-from graphopt.capture_checks import check_model, checked_call, register_dataclasses, unwrapped
+from graphopt.capture_call import Example, call_spec, example_call, flat_forward
+from graphopt.capture_checks import check_model, register_dataclasses, unwrapped
 from graphopt.capture_errors import (
     explain_capture_failure,
     refuse_fixed_axes,
@@ -32,10 +31,10 @@ from graphopt.capture_errors import (
 )
 from graphopt.capture_exported import from_exported
 from graphopt.capture_limits import fixed_axes, settle, watching_constants
-from graphopt.capture_specs import Call, declared_axes
+from graphopt.capture_specs import declared_axes
 from graphopt.capture_watch import Watch, watched
 from graphopt.errors import CaptureError
-from graphopt.program import CallSpec, Program
+from graphopt.program import Program
 
 
 def capture(
@@ -60,56 +59,20 @@ def capture(
     Raises:
         CaptureError: with one cause at the user's source line and what to change.
     """
+    if specialize not in ("refuse", "allow"):
+        raise CaptureError(f"specialize={specialize!r}", fix="use 'refuse' or 'allow'")
     model, notes = unwrapped(model)
     check_model(model)
-    example = _example(model, tuple(args), dict(kwargs or {}))
+    example = example_call(model, tuple(args), dict(kwargs or {}))
     axes = declared_axes(example.model, example.call, dynamic_shapes)
     keep = not model.training if frozen is None else frozen
     program = _trace(example, axes, frozen=keep)
     program.name = type(model).__name__
     program.example_inputs = tuple(pytree.tree_leaves(example.call))
     program.notes[:0] = [*notes, *example.notes]
-    program.call = _call_spec(example, program)
+    program.call = call_spec(example, program)
     _settle_axes(program, example, axes, specialize)
     return program
-
-
-@dataclass(frozen=True)
-class Example:
-    """The example call in the form in which it is traced."""
-
-    model: nn.Module
-    call: Call
-    flags: dict[str, Any] = field(default_factory=dict)
-    hugging_face: list[nn.Module] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def is_hugging_face(self) -> bool:
-        return bool(self.hugging_face) and self.hugging_face[0] is self.model
-
-    def run(self) -> Any:
-        """The model's own answer on a copy of the example."""
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, self.call)
-        return self.model(*args, **kwargs, **self.flags)
-
-
-def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    checked_call(model, args, kwargs)
-    args, kwargs = pytree.tree_map_only(Tensor, _usable, (args, kwargs))
-    found = huggingface.pretrained_models(model)
-    if not found or found[0] is not model:
-        return Example(model, (args, kwargs), hugging_face=found)
-    values, flags = huggingface.by_keyword(model, args, kwargs)
-    with torch.no_grad():
-        added = huggingface.precomputed(model, values)
-    notes = [f"{name} is computed from the other inputs before the call: pass it" for name in added]
-    return Example(model, ((), values), flags, found, notes)
-
-
-def _usable(value: Tensor) -> Tensor:
-    """Inference tensors cannot take part in a trace with gradients; their copies can."""
-    return value.clone() if value.is_inference() else value
 
 
 def _trace(example: Example, axes: Axes, *, frozen: bool) -> Program:
@@ -144,9 +107,7 @@ def _scene(example: Example, axes: Axes) -> Iterator[Watch]:
         stack.enter_context(torch.enable_grad())
         if example.hugging_face:
             stack.enter_context(huggingface.tracing_patches(example.hugging_face))
-        if example.is_hugging_face:
-            names = list(example.call[1])
-            stack.enter_context(huggingface.flat_forward(model, names, example.flags))
+        stack.enter_context(flat_forward(example))
         before = model.register_forward_pre_hook(
             lambda _m, args, kwargs: axes.tie(args, kwargs), prepend=True, with_kwargs=True
         )
@@ -173,18 +134,6 @@ def _silence() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
-
-
-def _call_spec(example: Example, program: Program) -> CallSpec:
-    assert program.call is not None
-    parameters = inspect.signature(example.model.forward).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return replace(
-        program.call,
-        positional=tuple(p.name for p in parameters if p.kind in kinds),
-        defaults={p.name: p.default for p in parameters if p.default is not p.empty},
-        fixed=dict(example.flags),
-    )
 
 
 def _settle_axes(program: Program, example: Example, axes: Axes, specialize: str) -> None:

@@ -73,24 +73,6 @@ def tracing_patches(models: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def flat_forward(model: nn.Module, names: list[str], flags: Mapping[str, Any]) -> Iterator[None]:
-    """``forward`` with exactly the parameters ``names``, and the flags fixed, for the trace."""
-    original = model.forward
-
-    def forward(**inputs: Any) -> Any:
-        return original(**inputs, **flags)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, kind, default=None) for n in names]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    vars(model)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(model)["forward"]
-
-
 def _exporters() -> Any:
     try:
         import transformers.exporters.exporter_dynamo
