@@ -95,9 +95,9 @@ class Replay(fx.Interpreter):
 
     def judge(self, user_inputs: Sequence[Any]) -> list[Verdict]:
         """Run once; one verdict per rewrite, in the order in which their inputs became known."""
-        for index, count in enumerate(self.missing):
-            if count == 0:
-                self._process(index)
+        ready = [index for index, count in enumerate(self.missing) if count == 0]
+        for index in ready:
+            self._process(index)
         given = iter(user_inputs)
         targets = [self.program.inputs[n.name].target for n in self.program.placeholders()]
         flat = [next(given) if t is None else self.program.state[t] for t in targets]
