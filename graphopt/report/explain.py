@@ -57,14 +57,15 @@ def missed_lines(group: MissedReason, *, show_source: bool = True) -> list[str]:
     first, count = group.first, len(group.rewrites)
     opening = _OPENINGS.get(first.stage, _OPENINGS["check"])
     lines = [opening.format(rule=first.rule, reason=first.reason)]
-    places = [f"node {first.node}" if first.node else "", f"{count} times" if count > 1 else ""]
-    if where := ", ".join(filter(None, places)):
-        lines.append(f"  at {where}" if first.node else f"  {where}")
+    often, more = (f"{count} times", "first ") if count > 1 else ("", "")
+    where = f"{more}at node {first.node}" if first.node else ""
+    if often or where:
+        lines.append("  " + ", ".join(filter(None, (often, where))))
     if show_source and group.source:
-        more = "first " if count > 1 else ""
         lines.append(f"  {more}source line: {group.source}")
     if group.option:
-        lines.append(f"  allowed by: {first.pass_name} {group.option}")
+        owner = "" if first.stage == "profit" else f"{first.pass_name} "
+        lines.append(f"  allowed by: {owner}{group.option}")
     return lines
 
 

@@ -152,7 +152,8 @@ class GraphView {
     const owner = sides.find((one) => this.graphs[one].byName.has(name));
     if (owner) this.details.node(this.graphs[owner].byName.get(name));
     else if (this.search) this.details.matches(this.matches, this.search);
-    else this.details.overview();
+    else if (this.sides.length) this.details.overview();
+    else this.details.show(Details.heading("This report holds no graph."));
   }
 
   runSearch(text) {

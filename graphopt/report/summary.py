@@ -69,7 +69,7 @@ def _figures(report: Report) -> Iterator[str]:
 
 
 def _passes(report: Report) -> Section:
-    columns = ("pass", "outcome", "nodes", "size", "time", "of it verification")
+    columns = ("pass", "outcome", "nodes", "size", "time", "verification")
     return Section("Passes", columns, tuple(map(_pass_row, report.passes)))
 
 

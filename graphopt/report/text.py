@@ -94,8 +94,10 @@ def short_source(source: str | None) -> str:
         return ""
     if _PACKAGES.match(source):
         return _PACKAGES.sub("", source)
-    here = f"{Path.cwd()}/"
-    return source.removeprefix(here)
+    try:
+        return source.removeprefix(f"{Path.cwd()}/")
+    except FileNotFoundError:  # the working folder is gone
+        return source
 
 
 def printable(text: str) -> str:

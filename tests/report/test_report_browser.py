@@ -67,7 +67,7 @@ def test_hostile_names_run_nothing(address: str, tmp_path: Path) -> None:
 
 
 def test_an_empty_report_opens_at_its_graphs(tmp_path: Path) -> None:
-    assert "Nothing was rewritten." in opened(Report("empty"), "#graph", tmp_path)
+    assert "This report holds no graph." in opened(Report("empty"), "#graph", tmp_path)
 
 
 def test_a_search_unfolds_and_marks_what_it_finds(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_the_address_chooses_side_and_open_boxes(tmp_path: Path) -> None:
 
 
 def test_tables_are_filtered_by_the_address(tmp_path: Path) -> None:
-    dom = opened(small_report(), "#missed&rule=FuseAttention&search=softmax_2", tmp_path)
+    dom = opened(small_report(), "#missed&rule=FuseAttention&search=add_1", tmp_path)
     table = dom.partition('id="missed"')[2].partition("</section>")[0]
     rows = re.findall(r"<tr[^>]*data-outcome[^>]*>", table)
     assert len(rows) == 5

@@ -76,7 +76,7 @@ def test_a_certificate_over_its_bound_is_the_worst() -> None:
 def test_misses_that_differ_in_the_copy_are_one() -> None:
     text = shown(deep_report(12))
     assert text.count("FuseGelu does not apply") == 1
-    assert "12 times" in text
+    assert "12 times, first at node gelu_0" in text
     assert "allowed by: Attention approximate=True" in text
 
 
@@ -91,6 +91,11 @@ def test_misses_that_differ_in_the_copy_are_one() -> None:
 )
 def test_each_stage_has_its_words(stage: str, words: str) -> None:
     assert words in shown(Report("m", missed=[missed(stage=stage)]))
+
+
+def test_profit_is_allowed_by_an_option_of_the_run_not_of_the_pass() -> None:
+    text = shown(Report("m", missed=[missed(stage="profit", option="measure=False")]))
+    assert "allowed by: measure=False" in text
 
 
 @pytest.mark.parametrize(
