@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from torch.fx import Graph, Node
 
-from graphopt.analysis.flow import Flow, flow
+from graphopt.analysis.flow import Flow, flow, reachable
 from graphopt.analysis.regions import Region
 from graphopt.analysis.repeats import Index, Shift, shifts
 
@@ -75,8 +75,9 @@ def _align(view: Flow, shift: Shift, min_nodes: int) -> Rows:
     for count in sorted(covered, key=lambda n: (-covered[n], n)):
         template = [orbit for orbit in orbits if len(orbit) >= count]
         if count > 1 and len(template) >= min_nodes:
-            rows = _sound(view, shift.index, _begin(template, count))
-            if len(rows) > 1 and _parameters(shift.index, rows):
+            rows = _begin(template, count)
+            rows = _sound(view, shift.index, rows) or _sound(view, shift.index, _rooted(view, rows))
+            if rows and _parameters(shift.index, rows):
                 return rows
     return []
 
@@ -116,15 +117,36 @@ def _sound(view: Flow, index: Index, rows: Rows) -> Rows:
     model = rows[len(rows) // 2]
     kept = [row for row in rows if _wired_alike(index, model, row)]
     kept = [row for row in kept if Region(frozenset(row)).is_convex(view)]
-    return kept if all(_follows(view, a, b) for a, b in pairwise(kept)) else []
+    chained = len(kept) > 1 and all(_follows(view, a, b) for a, b in pairwise(kept))
+    return kept if chained else []
+
+
+def _rooted(view: Flow, rows: Rows) -> Rows:
+    """The rows without what depends neither on the block before nor on parameters of its own.
+
+    Two layers can each have a mask of their own, computed alike but not from corresponding values.
+    """
+    before, row = rows[-2:]
+    outside = set(before)
+    starts = [
+        b
+        for a, b in zip(before, row, strict=True)
+        if not outside.isdisjoint(b.all_input_nodes) or _placeholders(a) != _placeholders(b)
+    ]
+    kept = reachable(view.subgraph(row), starts)
+    places = [i for i, node in enumerate(row) if node in kept]
+    return [[each[i] for i in places] for each in rows]
+
+
+def _placeholders(node: Node) -> list[Node]:
+    return [p for p in node.all_input_nodes if p.op == "placeholder"]
 
 
 def _follows(view: Flow, first: list[Node], second: list[Node]) -> bool:
     """Whether the second block reads from the first and no layer of another kind lies between."""
     both = Region(frozenset(first) | frozenset(second))
     between = both.convex_closure(view).nodes - both.nodes
-    weighted = any(p.op == "placeholder" for node in between for p in node.all_input_nodes)
-    return bool(_width(first, second)) and not weighted
+    return bool(_width(first, second)) and not any(map(_placeholders, between))
 
 
 def _wired_alike(index: Index, model: list[Node], row: list[Node]) -> bool:

@@ -64,7 +64,7 @@ def mutates(node: Node) -> bool:
         return name.endswith("_") and not name.endswith("__")
     if isinstance(node.target, HigherOrderOperator) and "mutation" in node.target.name():
         return True
-    return any(mutates(inner) for body in _bodies(node) or () for inner in body.nodes)
+    return any(mutates(inner) for body in bodies(node) or () for inner in body.nodes)
 
 
 def is_ordered(node: Node) -> bool:
@@ -74,11 +74,11 @@ def is_ordered(node: Node) -> bool:
     """
     if isinstance(node.target, OpOverload):
         return torch.Tag.nondeterministic_seeded in node.target.tags
-    bodies = _bodies(node)
-    return bodies is None or any(is_ordered(inner) for body in bodies for inner in body.nodes)
+    graphs = bodies(node)
+    return graphs is None or any(is_ordered(inner) for graph in graphs for inner in graph.nodes)
 
 
-def _bodies(node: Node) -> list[Graph] | None:
+def bodies(node: Node) -> list[Graph] | None:
     """The graphs that ``node`` runs; None where it runs code that has no graph."""
     if node.op == "call_module":
         names = [str(node.target)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from analysis_models import (
+    TEXT,
     WIDTH,
     bert,
     capture,
@@ -55,14 +56,17 @@ def numbers(group: BlockGroup) -> set[tuple[str, ...]]:
     return {tuple(re.findall(r"\d+", p.name)[0] for p in places) for places in group.parameters}
 
 
-@pytest.mark.parametrize("layers", [2, 12])
 @pytest.mark.parametrize(
-    ("build", "prefix", "each"),
+    ("build", "prefix", "each", "layers"),
     [
-        (bert, "encoder.layer", 16),
-        (gpt2, "transformer.h", 12),
-        (llama, "model.layers", 9),
-        (vit, "layers", 16),
+        (bert, "encoder.layer", 16, 2),
+        (bert, "encoder.layer", 16, 12),
+        (gpt2, "transformer.h", 12, 2),
+        (gpt2, "transformer.h", 12, 12),
+        (vit, "layers", 16, 2),
+        (vit, "layers", 16, 12),
+        (llama, "model.layers", 9, 2),
+        (llama, "model.layers", 9, 4),
     ],
 )
 def test_the_layers_of_a_transformer_are_found_exactly(build, prefix, each, layers) -> None:
@@ -257,6 +261,25 @@ def test_another_literal_or_shape_makes_another_layer() -> None:
         n.args[1] for g in groups for r in g.instances for n in r.nodes if "mul" in n.name
     }
     assert multiplied <= {0.5}
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_layers_with_masks_of_their_own_are_found(layers) -> None:
+    """Layers look through a window and at everything in turn; the masks are not corresponding."""
+    config = transformers.Gemma2Config(
+        vocab_size=61,
+        num_hidden_layers=layers,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        use_cache=False,
+        **TEXT,
+    )
+    found = capture(transformers.Gemma2ForCausalLM(config), input_ids=ids())
+    graph = without_paths(graph_of(found).graph)
+    (group,) = find_blocks(graph)
+    assert len(group.instances) == layers and len(group.parameters) == 11
+    check(graph, [group])
 
 
 def test_layers_that_share_their_weights_are_blocks_with_shared_parameters() -> None:
