@@ -21,7 +21,7 @@ from graphopt.capture_axes import Axes, Axis, Path
 from graphopt.program import Assumption, Program, val
 from graphopt.source import calling_line, is_user_file
 
-_SOURCE = re.compile(r"L(?:\['[^']*'\]|\[\d+\]|\.[A-Za-z_]\w*(?!\())+(?:\.size\(\)\[\d+\])?")
+_SOURCE = re.compile(r"L(?:\['[^']*'\]|\[\d+\]|\.[A-Za-z_]\w*\b(?!\())+(?:\.size\(\)\[\d+\])?")
 
 
 def expression(size: Any) -> sympy.Expr:

@@ -159,7 +159,7 @@ def test_a_branch_on_a_size_becomes_an_assumption() -> None:
     assert "% 2" in assumption.text and assumption.where == f"{__file__}:{line}"
     guard = InputGuard(program)
     guard([torch.rand(6)])
-    with pytest.raises(GraphoptError, match="captured for sizes with .*n % 2") as caught:
+    with pytest.raises(GraphoptError, match=r"captured for sizes with .*n % 2") as caught:
         guard([torch.rand(5)])
     assert caught.value.where == f"{__file__}:{line}"
 
