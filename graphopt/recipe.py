@@ -17,6 +17,7 @@ from graphopt.pipeline import Context, certify, run_passes
 from graphopt.presets import Recipe, resolve, to_recipe
 from graphopt.program import Program
 from graphopt.report.model import Certificate, Report
+from graphopt.report.views import node_views
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Numeric
 from graphopt.verify.measure import compare, worst
@@ -64,6 +65,7 @@ def rewrite_program(
     optimized = run_passes(program, passes, context)
     options.progress("verify the whole")
     report.verified = certify(program, optimized, context, name="whole program") and captured
+    report.graph_before, report.graph_after = node_views(program), node_views(optimized)
     report.seconds["optimize"] = time.perf_counter() - start
     return optimized, report
 

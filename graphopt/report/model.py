@@ -145,16 +145,18 @@ class Report:
         return [a.certificate for a in self.applied] + self.whole
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers (which may be infinite)."""
-        data: dict[str, Any] = plain(self)
-        return data
+        """The report as JSON has it: dicts, lists, strings, and numbers that are finite.
+
+        NaN and infinities are ``None``, with a note. `json_schema` describes the whole.
+        """
+        return finite(plain(self))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as strict JSON text; also written to ``path`` where one is given.
 
-        `json_schema` describes it. NaN and infinities are ``null``, with a note.
+        It holds what `to_dict` gives.
         """
-        text = json.dumps(finite(self.to_dict()), indent=2, sort_keys=True, allow_nan=False)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
         if path is not None:
             _write(path, text)
         return text

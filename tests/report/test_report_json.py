@@ -94,6 +94,7 @@ def test_numbers_that_json_lacks_are_null_with_a_note(value: float) -> None:
     report.whole = [certificate(error=value)]
     report.passes = [summary(options={"scale": value})]
     data = strict(report.to_json())
+    assert data == report.to_dict()
     assert data["whole"][0]["error"] is None
     assert data["passes"][0]["options"]["scale"] is None
     assert f"whole[0].error is {value} (null in JSON)" in data["notes"]
