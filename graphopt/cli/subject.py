@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from graphopt.errors import GraphoptError, LoadError
 from graphopt.inputs import Inputs, from_file, from_spec
@@ -34,6 +35,8 @@ class Subject:
 
         if self.module is None:
             return _from_pt2(self.loaded), None
+        if isinstance(self.module, ScriptModule):
+            return _from_torchscript(self.loaded, self.module, self.inputs), None
         return capture_model(self.module, (), self.inputs.kwargs, self.inputs.dynamic or None)
 
 
@@ -81,6 +84,13 @@ def _from_pt2(loaded: LoadedModel) -> Program:
     from graphopt.artifact import program_of
 
     return program_of(loaded)
+
+
+def _from_torchscript(loaded: LoadedModel, module: ScriptModule, inputs: Inputs) -> Program:
+    from graphopt.loading.torchscript_export import export_torchscript
+
+    exported = export_torchscript(module, inputs.kwargs, str(loaded.source))
+    return _from_pt2(replace(loaded, exported=exported))
 
 
 def options_from(
