@@ -59,10 +59,10 @@ class Backend:
         return graph_module.forward
 
     def _lower(self, program: Program, example_inputs: Sequence[Any]) -> Compiled:
-        run: Compiled = program.graph_module
+        runner = Runner(program)
         if self.options.target == "inductor":
-            run = _inductor(program.graph_module, example_inputs)
-        return Runner(program, run)
+            runner.run = _inductor(program.graph_module, runner.bind(example_inputs))
+        return runner
 
 
 def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -75,9 +75,12 @@ def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Co
 class Runner:
     """Calls a functional graph as Dynamo expects: inputs that were written are written back."""
 
-    def __init__(self, program: Program, run: Compiled) -> None:
-        self.run = run
-        names = [n.name for n in program.placeholders()]
+    def __init__(self, program: Program) -> None:
+        self.run: Compiled = program.graph_module
+        nodes = program.placeholders()
+        targets = [program.inputs[n.name].target for n in nodes]
+        self.state = [None if t is None else program.state[t] for t in targets]
+        names = [n.name for n, t in zip(nodes, targets, strict=True) if t is None]
         values = program.results()
         pairs = list(zip(values, program.outputs, strict=True))
         self.updates = [
@@ -93,11 +96,16 @@ class Runner:
         ]
 
     def __call__(self, *inputs: Any) -> Any:
-        results = self.run(*self._protected(inputs))
+        results = self.run(*self.bind(self._protected(inputs)))
         with torch.no_grad():
             for index, position in self.updates:
                 inputs[position].copy_(results[index])
         return tuple(results[i] if p is None else inputs[p] for i, p in self.returned)
+
+    def bind(self, inputs: Sequence[Any]) -> list[Any]:
+        """The graph's arguments: constants that rewrites added stand between the inputs."""
+        given = iter(inputs)
+        return [next(given) if s is None else s for s in self.state]
 
     def _protected(self, inputs: Sequence[Any]) -> list[Any]:
         """Copies of inputs that will be written, where autograd may save them for backward."""

@@ -30,8 +30,8 @@ def symbols_of(program: Program) -> dict[sympy.Symbol, int]:
 def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = None) -> list[Any]:
     """Random flat user inputs like the captured ones.
 
-    Floating values follow the example's mean and deviation; integers and booleans are drawn from the
-    example's own values, so indices stay valid and masks stay masks.
+    Floating values follow the example's mean and deviation; integers and booleans are drawn from
+    the example's own values, so indices stay valid and masks stay masks.
 
     Args:
         sizes: symbol -> size; symbols left out keep the captured size.

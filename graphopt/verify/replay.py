@@ -1,10 +1,10 @@
 """Replaying a pass on real values: each rewrite is measured where it happened.
 
-The program as it was before the pass runs once per set of inputs. As soon as the boundary values of a
-rewrite exist, both versions of the piece run on them (and a float64 version of the original), outputs
-and vector-Jacobian products are compared, and the values of new nodes join the environment, because a
-later rewrite of the same pass may start from them. Values are freed after their last use, so memory
-stays near that of one forward pass.
+The program as it was before the pass runs once per set of inputs. As soon as the boundary values of
+a rewrite exist, both versions of the piece run on them (and a float64 version of the original),
+outputs and vector-Jacobian products are compared, and the values of new nodes join the environment,
+because a later rewrite of the same pass may start from them. Values are freed after their last use,
+so memory stays near that of one forward pass.
 """
 
 from __future__ import annotations

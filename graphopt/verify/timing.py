@@ -21,7 +21,7 @@ TOLERATED = 1.02
 
 
 class Pace(NamedTuple):
-    """Median seconds of the original and the new piece, and in how many pairs the new was slower."""
+    """Median seconds of the original and the new piece; ``slower`` counts the pairs it lost."""
 
     old: float
     new: float

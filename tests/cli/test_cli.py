@@ -1,0 +1,173 @@
+"""Every verb on real files: what it prints, its exit status, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.cli import main
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def build():
+    """Factory for --arch."""
+    return Net()
+
+
+SPEC = "x:float32[batch,3,8,8]"
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A state dict and the module that builds it, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    source = "from test_cli import build\n"
+    (tmp_path / "arch_of_cli_test.py").write_text(source)
+    monkeypatch.syspath_prepend(str(__import__("pathlib").Path(__file__).parent))
+    torch.save(Net().eval().state_dict(), tmp_path / "net.pt")
+    return ["net.pt", "--arch", "arch_of_cli_test:build", "--inputs", SPEC]
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of one call."""
+    status = 0
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as leave:
+        status = leave.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_optimize_writes_module_onnx_report_and_recipe(weights, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    wanted = ["net.pt2", "net.onnx", "report.html", "report.json", "recipe.yaml"]
+    outputs = [word for name in wanted for word in ("-o", name)]
+    status, out, err = run(capsys, "optimize", *weights, *outputs, "--no-measure")
+    assert status == 0, err
+    assert "verified" in out and "FoldBatchNorm" in out
+    assert all((tmp_path / name).stat().st_size for name in wanted)
+    assert json.loads((tmp_path / "report.json").read_text())["verified"] is True
+
+    status, out, _ = run(capsys, "verify", "net.pt2", "net.onnx")
+    assert status == 0 and "agree" in out
+    status, out, _ = run(capsys, "verify", "net.pt", "net.onnx", *weights[1:])
+    assert status == 0 and "agree" in out
+    status, out, _ = run(
+        capsys, "optimize", "net.pt2", "-o", "again.pt2", "--recipe", "recipe.yaml"
+    )
+    assert status == 0 and (tmp_path / "again.pt2").exists()
+
+
+def test_verify_says_which_output_differs(weights, tmp_path, capsys):
+    torch.save(Net().eval().state_dict(), tmp_path / "other.pt")
+    status, out, _ = run(capsys, "verify", "net.pt", "other.pt", *weights[1:])
+    assert status == 1
+    assert "output 0" in out and "DIFFERS" in out
+
+
+def test_json_is_one_document(weights, capsys):
+    status, out, _ = run(capsys, "optimize", *weights, "--json", "--no-measure")
+    assert status == 0
+    facts = json.loads(out)
+    assert facts["report"]["verified"] is True
+    assert facts["written"] == ["net.optimized.pt2"]
+
+
+def test_explain_gives_reasons_and_writes_nothing(weights, tmp_path, capsys):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    status, out, _ = run(capsys, "explain", *weights, "--no-measure", "--graph")
+    assert status == 0
+    assert "aten.conv2d" in out
+    after = sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__")
+    assert after == before
+
+
+def test_explain_in_training_says_why_batch_norm_stays(weights, capsys):
+    status, out, _ = run(capsys, "explain", *weights, "--train", "--no-measure", "--json")
+    assert status == 0
+    assert json.loads(out)["verified"] is True
+
+
+def test_export(weights, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    status, out, _ = run(capsys, "export", *weights, "-o", "net.onnx", "--no-measure")
+    assert status == 0
+    assert "inputs: x" in out
+    assert (tmp_path / "net.onnx").exists()
+
+
+def test_bench_measures_eager_compile_and_ablation(weights, capsys):
+    status, out, _ = run(
+        capsys, "bench", *weights, "--rounds", 3, "--no-inductor", "--json",
+        "--pass", "FoldBatchNorm", "--no-measure",
+    )  # fmt: skip
+    assert status == 0
+    names = [row["name"] for row in json.loads(out)["rows"]]
+    assert names[0] == "eager"
+    assert {"graphopt", "  without FoldBatchNorm"} <= set(names)
+
+
+def test_inspect_passes_and_doctor(weights, capsys):
+    status, out, _ = run(capsys, "inspect", "net.pt")
+    assert status == 0 and "conv.weight" in out
+    status, out, _ = run(capsys, "passes")
+    assert status == 0 and "FoldBatchNorm" in out
+    status, out, _ = run(capsys, "passes", "FoldBatchNorm", "--json")
+    assert status == 0 and json.loads(out)[0]["rules"]
+    status, out, _ = run(capsys, "doctor", "--json")
+    assert status == 0, out
+    assert json.loads(out)["versions"]["torch"]
+
+
+BAD = [
+    (["optimize", "missing.pt"], "missing.pt"),
+    (["optimize", "net.pt"], "--arch"),
+    (["optimize", "net.pt", "--arch", "arch_of_cli_test:build"], "--inputs"),
+    (["optimize", "net.pt", "--arch", "arch_of_cli_test:nothing", "--inputs", SPEC], "nothing"),
+    (["optimize", "net.pt", "--arch", "arch_of_cli_test:build", "--inputs", "x:f32[2]"], "dtype"),
+    (["optimize", "net.pt", "--arch", "arch_of_cli_test:build", "--inputs", "x:float32[2]"], ""),
+    (["optimize", "@", "-o", "net.bin"], ".pt2"),
+    (["optimize", "@", "-o", "nowhere/net.pt2"], "nowhere"),
+    (["optimize", "@", "--recipe", "exakt"], "exact"),
+    (["optimize", "@", "--recipe", "balanced"], "QuantizeMatmul"),
+    (["optimize", "@", "--pass", "FoldBatchNrom"], "FoldBatchNorm"),
+    (["optimize", "@", "--pass", "FoldBatchNorm:depth=3"], "depth"),
+    (["export", "@", "-o", "net.pt2"], ".onnx"),
+    (["passes", "Nothing"], "valid names"),
+    (["explode"], "explode"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "hint"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_input_is_one_clear_error(weights, tmp_path, capsys, arguments, hint):
+    filled = [w for a in arguments for w in (weights if a == "@" else [a])]
+    before = sorted(p.name for p in tmp_path.rglob("*") if "__pycache__" not in str(p))
+    status, out, err = run(capsys, *filled)
+    assert status != 0
+    assert hint in err
+    assert "Traceback" not in err + out
+    after = sorted(p.name for p in tmp_path.rglob("*") if "__pycache__" not in str(p))
+    assert after == before
+
+
+def test_errors_can_be_json(weights, capsys):
+    status, out, _ = run(capsys, "optimize", "net.pt", "--json")
+    assert status == 1
+    assert "weights" in json.loads(out)["error"]["what"]

@@ -1,0 +1,94 @@
+"""ONNX files: names, dynamic axes, comparison before writing, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.emit import onnx as emit_onnx
+from graphopt.errors import ExportError, VerificationError
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, mask):
+        hidden = nn.functional.gelu(self.first(x)) * mask.unsqueeze(-1)
+        return {"logits": self.second(hidden), "hidden": hidden}
+
+
+def compiled(**options):
+    inputs = {"x": torch.randn(3, 5, 8), "mask": torch.ones(3, 5)}
+    axes = {name: {0: "batch", 1: "seq"} for name in inputs}
+    return graphopt.compile(
+        Net().eval(), example_kwargs=inputs, dynamic_shapes=axes, measure=False, **options
+    )
+
+
+def test_names_and_axes_are_kept_and_outputs_agree(tmp_path):
+    module = compiled()
+    result = graphopt.export_onnx(module, tmp_path / "net.onnx")
+    assert result.inputs == ("x", "mask")
+    assert result.outputs == ("logits", "hidden")
+    assert 0 <= result.error < 2e-5
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    x, mask = torch.randn(7, 2, 8), torch.randint(2, (7, 2)).float()
+    found = session.run(["logits"], {"x": x.numpy(), "mask": mask.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), module(x=x, mask=mask)["logits"])
+    assert "graphopt" in {p.key for p in onnx.load(tmp_path / "net.onnx").metadata_props}
+
+
+def test_a_wrong_file_is_never_put_in_place(tmp_path, monkeypatch):
+    """A translation that is off by a factor is caught by running the file."""
+    import onnx_ir
+
+    original = emit_onnx.translate
+
+    def wrong(program, inputs, outputs, *, opset):
+        made = original(program, inputs, outputs, opset=opset)
+        for value in made.model.graph.initializers.values():
+            array = value.const_value.numpy()
+            if array.dtype.kind == "f" and array.ndim == 2:
+                value.const_value = onnx_ir.tensor(array * 1.01, name=value.name)
+        return made
+
+    monkeypatch.setattr(emit_onnx, "translate", wrong)
+    with pytest.raises(VerificationError, match="relative error"):
+        graphopt.export_onnx(compiled(), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(emit_onnx, "EXTERNAL_ABOVE", 100)
+    graphopt.export_onnx(compiled(), tmp_path / "net.onnx")
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["net.onnx", "net.onnx.data"]
+    runtime.InferenceSession(str(tmp_path / "net.onnx"))
+
+
+def test_what_cannot_be_exported(tmp_path):
+    with pytest.raises(ExportError, match="cannot export a Linear"):
+        graphopt.export_onnx(nn.Linear(2, 2), tmp_path / "a.onnx")
+    trained = graphopt.compile(nn.Linear(2, 2), example_inputs=(torch.randn(3, 2),))
+    with pytest.raises(ExportError, match="training mode"):
+        graphopt.export_onnx(trained, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_an_operator_without_translation_is_named(tmp_path):
+    module = graphopt.compile(Unknown().eval(), example_inputs=(torch.randn(3),))
+    with pytest.raises(ExportError, match="bessel_j0"):
+        graphopt.export_onnx(module, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []

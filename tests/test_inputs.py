@@ -1,0 +1,66 @@
+"""Specifications of example inputs, and inputs from files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from graphopt.errors import GraphoptError
+from graphopt.inputs import from_file, from_spec, parse_spec
+
+
+def test_names_are_dynamic_axes_and_share_a_size():
+    a, b = parse_spec("ids:int64[batch,seq=16]; mask:int64[batch,seq]")
+    assert a.shape == b.shape == (2, 16)
+    assert a.axes == b.axes == {0: "batch", 1: "seq"}
+
+
+def test_commas_separate_inputs_too():
+    specs = parse_spec("a:float32[2,3],b:int64[n=4]<100, c:bool[]")
+    assert [s.name for s in specs] == ["a", "b", "c"]
+    assert specs[1].below == 100 and specs[2].shape == ()
+
+
+def test_integers_stay_below_the_vocabulary_and_masks_are_ones():
+    model = nn.Sequential(nn.Embedding(7, 4))
+    found = from_spec("ids:int64[64,8];attention_mask:int64[64,8];token_type_ids:int64[2,2]", model)
+    assert 3 < found.kwargs["ids"].max() < 7
+    assert found.kwargs["attention_mask"].min() == 1
+    assert found.kwargs["token_type_ids"].max() == 0
+
+
+def test_a_given_range_wins():
+    ids = from_spec("ids:int64[400]<1000").kwargs["ids"]
+    assert 500 < ids.max() < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("x", "cannot read"),
+        ("x:f32[2]", "unknown dtype"),
+        ("x:float32[a b]", "dimension"),
+        ("x:int64[s=2];y:int64[s=3]", "2 in one place and 3"),
+    ],
+)
+def test_what_cannot_be_read_is_shown(text, hint):
+    with pytest.raises(GraphoptError, match=hint):
+        parse_spec(text)
+
+
+def test_files(tmp_path):
+    tensors = {"x": torch.randn(2, 3)}
+    torch.save(tensors, tmp_path / "x.pt")
+    np.savez(tmp_path / "x.npz", x=tensors["x"].numpy())
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.npz", "x.safetensors"):
+        torch.testing.assert_close(from_file(tmp_path / name).kwargs, tensors)
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    with pytest.raises(GraphoptError, match="dictionary"):
+        from_file(tmp_path / "list.pt")
+    with pytest.raises(GraphoptError, match="cannot read inputs"):
+        from_file(tmp_path / "x.txt")
