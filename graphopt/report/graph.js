@@ -34,15 +34,15 @@ class GraphView {
     return kin;
   }
 
-  /** Unfold towards the first change (else the largest box) while few things are visible. */
+  /** Unfold towards most changes (without any, towards most nodes) while few things are visible. */
   openAtFirst() {
     const graph = this.graphs[this.sides[0]];
     if (!graph) return;
     let [box, visible] = [graph.root, graph.root.items.length];
     for (;;) {
       const boxes = box.items.filter((item) => item.isBox);
-      const changed = boxes.find((one) => Object.keys(one.changed).length > 0);
-      const next = changed || boxes.sort((a, b) => b.size - a.size)[0];
+      const weight = (one) => one.size + 1e6 * Object.values(one.changed).reduce((a, b) => a + b, 0);
+      const next = boxes.sort((a, b) => weight(b) - weight(a))[0];
       if (!next || visible + next.items.length > GraphView.VISIBLE_AT_FIRST) return;
       this.open.add(next.name);
       [box, visible] = [next, visible + next.items.length];
