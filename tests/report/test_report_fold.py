@@ -52,7 +52,7 @@ def graphs(draw: st.DrawFn) -> list[NodeView]:
     return views
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(graphs())
 def test_every_drawn_node_stands_in_one_place(views: list[NodeView]) -> None:
     root = folded(views)
@@ -64,7 +64,7 @@ def test_every_drawn_node_stands_in_one_place(views: list[NodeView]) -> None:
     assert len(names) == len(set(names))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(graphs())
 def test_no_level_has_a_circle_and_items_come_in_order(views: list[NodeView]) -> None:
     reads = reads_of(views)
@@ -76,7 +76,7 @@ def test_no_level_has_a_circle_and_items_come_in_order(views: list[NodeView]) ->
         assert nx.is_directed_acyclic_graph(nx.DiGraph(crossing))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(graphs())
 def test_wires_lead_down_and_every_dependence_is_drawn(views: list[NodeView]) -> None:
     reads = reads_of(views)
