@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from graphopt.errors import LoadError
 from graphopt.loading.findings import Finding, Limits, env_name, reading
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -215,12 +214,3 @@ def root_findings(archive: Archive) -> Iterator[Finding]:
         if not m.name.startswith(archive.root):
             what = f"the member lies outside the archive's folder {archive.root}"
             yield Finding(what, f"{archive.where}, member {m.name}")
-
-
-def open_error(archive: Archive) -> LoadError:
-    """The refusal of an archive that no part of graphopt reads."""
-    return LoadError(
-        "the archive holds no model that graphopt reads (checkpoint, TorchScript or .pt2)",
-        where=archive.where,
-        fix="`graphopt inspect` shows its contents",
-    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import LoadError, MissingDependencyError
+from graphopt.errors import MissingDependencyError
 from graphopt.loading.findings import Finding, Limits, env_name, reading, refuse
 
 _PROTOBUF_LIMIT = 2 << 30
@@ -163,8 +163,3 @@ def tensor_bytes(tensor: Any) -> int | None:
 def dtype_name(code: int) -> str:
     """The name of a ``TensorProto.DataType``; ``type 99`` for one that is not known."""
     return _DTYPES[code - 1] if 0 < code <= len(_DTYPES) else f"type {code}"
-
-
-def onnx_error(path: Path) -> LoadError:
-    """The refusal of options that an ONNX file cannot take."""
-    return LoadError("an ONNX file is already a program: it takes no --arch", where=str(path))

@@ -88,6 +88,28 @@ def test_pickled_module_is_described_without_its_class(tmp_path: Path) -> None:
     }
 
 
+def test_any_pickle_can_be_looked_at(tmp_path: Path, marker: Path) -> None:
+    """Objects that are called, filled and keyed like others; none of them is made."""
+    import collections
+    import enum
+
+    class Bag(list):
+        pass
+
+    colour = enum.Enum("Colour", "RED", module="nobody.knows")
+    for name, kind in (("Bag", Bag), ("Colour", colour)):
+        kind.__module__, kind.__qualname__ = __name__, name
+        globals()[name] = kind
+    counts = collections.defaultdict(list, {"a": [torch.ones(2)]})
+    value = {"bag": Bag([torch.ones(3), Payload(marker)]), "colour": colour.RED, "counts": counts}
+    path = tmp_path / "m.pt"
+    path.write_bytes(saved(value | {(1, 2): torch.ones(4)}))
+    facts = inspect_file(path)
+    assert {t.shape for t in facts.tensors} == {(2,), (3,), (4,)}
+    assert f"{__name__}.Bag" in facts.unsafe_globals and not facts.findings
+    assert not marker.exists()
+
+
 def test_damaged_part_is_named_and_the_rest_is_shown(clean_pt2: Path, tmp_path: Path) -> None:
     def edit(contents: dict[str, bytes]) -> None:
         contents["models/model.json"] = b"{"

@@ -57,6 +57,16 @@ def sample_inputs(contents: CONTENTS, marker: Path) -> None:
     contents[SAMPLES] = saved(((Payload(marker),), {}))
 
 
+def sample_inputs_of_a_newer_protocol(contents: CONTENTS, marker: Path) -> None:
+    """Harmless, but the weights-only reader fails, and torch then takes the full one."""
+    contents[SAMPLES] = saved(((torch.ones(3, 4),), {}), pickle_protocol=4)
+
+
+def program_of_another_name(contents: CONTENTS, marker: Path) -> None:
+    for record in list(contents):
+        contents[record.replace("/model", "/other")] = contents.pop(record)
+
+
 def shape_expression(contents: CONTENTS, marker: Path) -> None:
     def edit(found: re.Match[bytes]) -> bytes:
         return found[0] + f"+0*[{payload_code(marker)}, 1][1]".encode()
@@ -316,6 +326,7 @@ ALSO_REFUSED = {
     endless_zeros: "of a file that holds 0",
     negative_size: "the size -4",
     weight_elsewhere: "not one that torch.export.save writes",
+    sample_inputs_of_a_newer_protocol: "need a full unpickler",
     no_samples: "no record of example inputs",
     endless_symbols: "none that torch makes",
 }
@@ -437,6 +448,13 @@ def test_unregistered_operator_is_named(clean_pt2: Path, tmp_path: Path) -> None
     with pytest.raises(LoadError, match=r"nobodys_library\.linear") as refusal:
         load_model(evil)
     assert "import the package" in (refusal.value.fix or "")
+
+
+def test_program_of_another_name(clean_pt2: Path, tmp_path: Path, marker: Path) -> None:
+    other = rewritten(clean_pt2, tmp_path / "m.pt2", lambda c: program_of_another_name(c, marker))
+    assert inspect_file(other).operators
+    with pytest.raises(LoadError, match="no program called model"):
+        load_model(other)
 
 
 def test_checkpoint_called_pt2_is_refused(tmp_path: Path) -> None:
