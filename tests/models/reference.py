@@ -29,7 +29,10 @@ LADDER: dict[str, Any] = {"named": None, "dynamic": Dim.DYNAMIC, "auto": Dim.AUT
 
 @dataclass
 class Outcome:
-    """What happened to one entry: ``dims`` is the rung of the ladder that held."""
+    """What happened to one entry: ``dims`` is the rung of the ladder that held, if one did.
+
+    ``cause`` is why the last rung that failed did.
+    """
 
     name: str
     family: str
@@ -40,10 +43,7 @@ class Outcome:
     difference: float = float("nan")
     gradient: float = float("nan")
     cause: str = ""
-
-    @property
-    def captured(self) -> bool:
-        return not self.cause
+    captured: bool = False
 
 
 def check(entry: Entry, training: bool = False) -> Outcome:
@@ -61,7 +61,7 @@ def check(entry: Entry, training: bool = False) -> Outcome:
         except Exception as error:
             outcome.cause = _first_line(error)
             continue
-        outcome.nodes, outcome.cause = len(program.graph.nodes), ""
+        outcome.nodes, outcome.captured = len(program.graph.nodes), True
         break
     return outcome
 
@@ -179,4 +179,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    """The first reason of an error: torch lists violated constraints below a general line."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    reason = next((line for line in lines if line.startswith("- ")), lines[0])
+    return f"{type(error).__name__}: {reason.removeprefix('- ')}"
