@@ -142,7 +142,7 @@ def failure(verdict: Verdict) -> str:
             f"(relative error {gradients.rms:.2g}, allowed {gradients.bound:.2g})"
         )
     if verdict.pace is not None and not pays(verdict.pace):
-        old, new, _ = verdict.pace
+        old, new = verdict.pace
         return f"slower here: {new * 1e6:.0f} us instead of {old * 1e6:.0f} us"
     return "verified"
 

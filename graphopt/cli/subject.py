@@ -12,8 +12,9 @@ from torch.jit import ScriptModule
 from graphopt.errors import GraphoptError, LoadError
 from graphopt.inputs import Inputs, from_file, from_spec
 from graphopt.loading import LoadedModel, load_model
+from graphopt.presets import Recipe
 from graphopt.program import Program
-from graphopt.recipe import Options, Recipe
+from graphopt.recipe import Options
 
 
 @dataclass(frozen=True)
