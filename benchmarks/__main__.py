@@ -1,0 +1,40 @@
+"""Run the benchmarks and write one result file each: ``python -m benchmarks [NAME ...]``.
+
+Every result names the machine and the versions. ``--data DIR`` points at weights and images that
+some benchmarks need; those are skipped, and say so, without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from importlib import import_module
+from pathlib import Path
+
+from graphopt.recipe import environment
+
+NAMES = ("import_time", "optimize_cost", "depth", "minilm", "resnet20")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--data", type=Path, help="folder with weights/ and images/")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"unknown benchmark {sorted(unknown)[0]!r}; choose from {', '.join(NAMES)}")
+    RESULTS.mkdir(exist_ok=True)
+    for name in options.names or NAMES:
+        print(f"== {name}", flush=True)
+        found = import_module(f"benchmarks.{name}").run(options.data)
+        print(json.dumps(found, indent=2))
+        if "skipped" in found:
+            continue
+        found |= {"environment": environment(), "date": datetime.date.today().isoformat()}
+        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
