@@ -52,12 +52,12 @@ def check(entry: Entry, training: bool = False) -> Outcome:
     model, started = entry.build(), time.perf_counter()
     inputs = entry.train_inputs() if training else entry.inputs()
     for outcome.dims, dim in LADDER.items():
-        fresh = inputs if dim == 0 else _second_size(entry, training)
+        second = inputs if dim == 0 else _second_size(entry, training)
         try:
             program = capture(entry, model, inputs, dim)
             outcome.seconds = time.perf_counter() - started
             # Guards on the size seen while tracing fail here, at the second size.
-            _compare(outcome, program.module(), model, fresh, training)
+            _compare(outcome, program.module(), entry.build(), second, training)
         except Exception as error:
             outcome.cause = _first_line(error)
             continue
@@ -121,21 +121,23 @@ def _second_size(entry: Entry, training: bool) -> Inputs:
 
 
 def _compare(outcome: Outcome, captured: Any, model: Any, inputs: Inputs, training: bool) -> None:
+    """Fill in the largest differences; ``model`` shares no parameter with ``captured``.
+
+    The second of two calls counts: a graph that repeats what the model does once is wrong there.
+    """
     tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-    # One call each, in one gradient mode: some models keep what an eval call computed.
     with torch.set_grad_enabled(training):
-        ours, theirs = captured(**tensors), model(**inputs)
+        for _ in range(2):
+            ours, theirs = captured(**tensors), model(**inputs)
     outcome.difference = difference(ours, theirs)
     if training:
         ours.loss.backward()
-        gradients = _gradients(captured)
-        model.zero_grad(set_to_none=True)
         theirs.loss.backward()
-        outcome.gradient = difference(gradients, _gradients(model))
+        outcome.gradient = difference(_gradients(captured), _gradients(model))
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def difference(ours: Any, theirs: Any) -> float:

@@ -229,8 +229,17 @@ def test_reference_captures(name: str) -> None:
     assert not entry.has_loss or outcome.gradient < 1e-6
 
 
+# torch.export alone gets this one wrong: its first eval call rescales the weights, the graph does
+# so on every call.
+WRONG = {"rwkv"}
+SWEPT = [
+    pytest.param(entry, id=name, marks=[pytest.mark.xfail(strict=True)] if name in WRONG else [])
+    for name, entry in huggingface.ENTRIES.items()
+]
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("entry", huggingface.ENTRIES.values(), ids=list(huggingface.ENTRIES))
+@pytest.mark.parametrize("entry", SWEPT)
 def test_reference_never_differs(entry: Entry) -> None:
     for training in (False, True)[: 1 + entry.has_loss]:
         outcome = reference.check(entry, training)
