@@ -68,7 +68,8 @@ class RecognizeAttention(Rule):
         nodes = (product, *found.weighing.nodes, softmax, *found.scores.nodes, *inner)
         operands = {"q": found.query.node, "k": found.key.node, "v": found.value.node}
         masks = {f"mask{i}": n for i, n in enumerate(found.masking.nodes)}
-        bound = {"attention": found, **operands, **masks}
+        factors = {f"factor{i}": n for i, n in enumerate(found.scores.factors)}
+        bound = {"attention": found, **operands, **masks, **factors}
         return Match(program, (product,), tuple(dict.fromkeys(nodes)), bound, frozenset(inner))
 
     def _read(
@@ -103,6 +104,8 @@ class RecognizeAttention(Rule):
         found: Attention = match["attention"]
         layout = Layout(found.query, found.scores.view, build)
         q, k, v = (layout.enter(o) for o in (found.query, found.key, found.value))
+        for factor in found.scores.factors:
+            q = build(aten.mul.Tensor, q, layout.enter_mask(factor))
         mask, masking = None, found.masking
         if not masking.empty and not masking.causal:
             mask = layout.enter_mask(build_mask(masking, val(found.scores.work).dtype, build))
@@ -145,8 +148,8 @@ def _operands(
     dtypes = {val(o.node).dtype for o in (query, key, value)}
     if len(dtypes) > 1 or not dtype.is_floating_point:
         return Refusal("query, key and value differ in dtype or are not floating", weighing.node)
-    if not 2 <= len(query.shape) <= 4:
-        return Refusal(f"the scores have {len(query.shape)} axes", product.node)
+    if len(query.shape) < 2:
+        return Refusal("the query is a vector", product.node)
     return query, key, value
 
 
@@ -165,12 +168,12 @@ def _misfit(
         return Refusal("the query is broadcast over batch axes", product.node)
     if scores.view is None and not same_extents(val(scores.work).shape, val(product.node).shape):
         return Refusal("a mask broadcasts the scores", scores.work)
+    if scores.view is not None and scores.factors:
+        return Refusal("scores scaled per head are regrouped", scores.factors[0])
     weights = val(last.left.node).shape
     regrouped = not same_extents(weights, val(scores.work).shape)
     if regrouped and not same_extents(value.shape[:-2], weights[:-2]):
         return Refusal("the weights are regrouped and the value is broadcast", last.node)
-    if scores.view is not None and -1 in [s for s in scores.view if isinstance(s, int)]:
-        return Refusal("the view of the scores leaves a size to be inferred", scores.work)
     allowed = (torch.bool, torch.float32, val(query.node).dtype)
     odd = next((n for n in masking.nodes if val(n).dtype not in allowed), None)
     return Refusal(f"the mask is {val(odd).dtype}", odd) if odd is not None else None

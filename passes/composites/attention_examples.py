@@ -106,6 +106,22 @@ def regrouped(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return torch.bmm(F.dropout(grouped.view(6, 5, 5).softmax(-1), 0.1, False), v)
 
 
+def disentangled(q: Tensor, k: Tensor, v: Tensor, m: Tensor, p: Tensor) -> Tensor:
+    """DeBERTa's: a bias in three axes, a mask in four."""
+    grouped = (torch.bmm(q, k.mT) / 2 + m).view(2, 3, 5, 5).masked_fill(p, LOWEST)
+    return torch.bmm(grouped.softmax(-1).view(6, 5, 5), v)
+
+
+def scaled_per_head(q: Tensor, k: Tensor, v: Tensor, s: Tensor, m: Tensor) -> Tensor:
+    """Swin v2's."""
+    return (q @ k.mT * s.exp() + m.tanh()).softmax(-1) @ v
+
+
+def windows(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    weights = (torch.einsum("...qd,...kd->...qk", q, k) + m.tanh().unsqueeze(1)).softmax(-1)
+    return torch.einsum("...qk,...kd->...qd", weights, v)
+
+
 def tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """From ``(B, S, H, D)``, by einsum."""
     weights = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(0.5).softmax(-1)
@@ -158,6 +174,18 @@ def examples() -> Iterator[Example]:
     )
     yield case("hidden row", hidden, (2, 3, 2, 4), *QKV[1:], _row_hidden)
     yield case("regrouped", regrouped, *FLAT, (2, 1, 5, 5))
+    yield case("two views", disentangled, *FLAT, (6, 5, 5), lambda: ~_visible())
+    yield case("scaled per head", scaled_per_head, *QKV, (3, 1, 1), (3, 5, 5))
+    yield case(
+        "scaled per head, training", scaled_per_head, *QKV, (3, 1, 1), (3, 5, 5), training=True
+    )
+    yield case("windows", windows, *((2, 2, 3, 5, 4),) * 3, (2, 1, 5, 5))
+    yield case(
+        "filled, then scaled",
+        lambda q, k, v, m: ((q @ k.mT).where(m, LOWEST) / 2).softmax(-1) @ v,
+        *QKV,
+        _visible,
+    )
     yield case("summand", alibi, *FLAT, (6, 1, 5))
     yield case("softmax in float32", upcast, *(_half(2, 3, 5, 4),) * 3)
 
@@ -216,11 +244,11 @@ def near_misses() -> Iterator[Example]:
         reason="still counts",
     )
     yield case(
-        "learned scale",
+        "scaled per key",
         lambda q, k, v, m: (q @ k.mT * m).softmax(-1) @ v,
         *QKV,
-        (1,),
-        reason="not a constant",
+        (5,),
+        reason="not one number per head",
     )
     yield case(
         "hidden row in training",

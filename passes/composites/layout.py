@@ -23,7 +23,7 @@ class Layout:
     """Batch axes of one attention: those of the query, or of ``view`` where masks saw another view.
 
     One batch axis, ``(N, rows, features)``, becomes two, ``(N, 1, rows, features)``: kernels take
-    four axes, and keep that of the heads inside the rows in memory.
+    four axes, and keep that of the heads inside the rows in memory. More than two are flattened.
     """
 
     def __init__(self, query: Operand, view: list[Any] | None, build: Builder) -> None:
@@ -48,6 +48,10 @@ class Layout:
         return self._four_axes(node)
 
     def enter_mask(self, mask: fx.Node) -> fx.Node:
+        """The mask in axes that broadcast with those of the operands."""
+        if len(self.lead) > 2 and val(mask).dim() > 2:
+            sizes = [*self.lead, *self._matrix(mask)]
+            return self._four_axes(self.build(aten.expand.default, mask, sizes))
         if val(mask).dim() < 2:
             mask = self.build(aten.unsqueeze.default, mask, 0)
         if val(mask).dim() == len(self.lead) + 2 == 3:
@@ -62,6 +66,8 @@ class Layout:
         fake one is contiguous, the real one is made so at no cost; otherwise views downstream must
         bear both.
         """
+        if len(self.lead) > 2:
+            out = self.build(aten.reshape.default, out, [*self.lead, *self._matrix(out)])
         if len(self.lead) < 2:
             out = self.build(aten.squeeze.dim, out, 1)
         if not self.lead:
@@ -96,6 +102,9 @@ class Layout:
         return [self.build.size(node, -2), self.build.size(node, -1)]
 
     def _four_axes(self, node: fx.Node) -> fx.Node:
+        if len(self.lead) > 2:
+            sizes = [-1, self.lead[-1], *self._matrix(node)]
+            return self.build(aten.reshape.default, node, sizes)
         if not self.lead:
             node = self.build(aten.unsqueeze.default, node, 0)
         return self.build(aten.unsqueeze.default, node, 1) if len(self.lead) < 2 else node

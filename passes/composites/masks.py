@@ -169,6 +169,9 @@ def _total(masking: Masking, dtype: torch.dtype, build: Builder) -> fx.Node:
     total = None
     for bias in masking.biases:
         part = bias.value if bias.sign > 0 else build(aten.neg.default, bias.value)
+        if bias.lead is not None:
+            matrix = [build.size(part, -2), build.size(part, -1)]
+            part = build(aten.reshape.default, part, [*bias.lead, *matrix])
         total = part if total is None else build(aten.add.Tensor, total, part)
     if masking.floor > -math.inf:
         total = build(aten.clamp.default, total, masking.floor)

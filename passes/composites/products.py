@@ -96,7 +96,7 @@ def _baddbmm(program: Program, node: fx.Node, given: dict[str, Any]) -> Product 
 
 def _einsum(node: fx.Node, equation: str, tensors: list[fx.Node]) -> Product | Refusal:
     """``b..., l, d`` times ``b..., s, d`` to ``b..., l, s`` in any order of the letters."""
-    text = equation.replace(" ", "")
+    text = _spelled_out(equation.replace(" ", ""), tensors)
     inputs, arrow, result = text.partition("->")
     terms = inputs.split(",")
     if not arrow or "." in text or len(terms) != 2 or any(len(set(t)) < len(t) for t in terms):
@@ -112,6 +112,17 @@ def _einsum(node: fx.Node, equation: str, tensors: list[fx.Node]) -> Product | R
     built = [*lead, *rows, *columns]
     out = tuple(built.index(c) for c in result)
     return Product(node, Operand(tensors[0], left), Operand(tensors[1], right), out=out)
+
+
+def _spelled_out(equation: str, tensors: list[fx.Node]) -> str:
+    """Letters in place of an ellipsis that stands for equally many axes everywhere."""
+    terms = equation.partition("->")[0].split(",")
+    hidden = [
+        val(t).dim() - len(s.replace("...", "")) for s, t in zip(terms, tensors, strict=False)
+    ]
+    if len(set(hidden)) > 1 or any("..." not in s for s in terms):
+        return equation
+    return equation.replace("...", "ABCDEFGH"[: hidden[0]])
 
 
 def peeled(program: Program, operand: Operand, dtype: torch.dtype) -> Operand:

@@ -43,10 +43,11 @@ class Keep:
 
 @dataclass(frozen=True)
 class Bias:
-    """``sign * value`` is added to the scores."""
+    """``sign * value`` is added to the scores; ``lead`` are batch sizes to give the value first."""
 
     value: fx.Node
     sign: float = 1.0
+    lead: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class Scores:
         nodes: every node from the softmax's input to the product.
         work: node whose leading axes the masks refer to.
         view: sizes of the view between the product and ``work``, where there is one.
+        factors: tensors that scale the product, constant over rows and columns.
     """
 
     product: Product
     scale: float
+    factors: list[fx.Node]
     masks: list[Mask]
     nodes: list[fx.Node]
     work: fx.Node
@@ -81,6 +84,7 @@ class Scores:
 class _Walk:
     program: Program
     scale: float = 1.0
+    factors: list[fx.Node] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     work: fx.Node | None = None
@@ -120,19 +124,31 @@ def read_scores(program: Program, node: fx.Node) -> Scores | Refusal:
         return refusal
     masks = walk.masks[::-1]
     scale = walk.scale * product.scale
-    return Scores(product, scale, masks, walk.nodes, walk.work or node, walk.view)
+    return Scores(product, scale, walk.factors, masks, walk.nodes, walk.work or node, walk.view)
 
 
 def _mask(walk: _Walk, node: fx.Node, mask: Mask) -> Refusal | None:
     """Note a mask met on the way down: whatever scale was seen above it applies to it as well."""
-    harmless = isinstance(mask, Keep) and mask.fill == -torch.inf and walk.scale > 0
-    if walk.scale != 1.0 and not harmless:
-        return Refusal("the mask is scaled together with the scores", node)
-    if walk.work is not None and walk.view is not None:
-        return Refusal("masks are applied to two shapes of the scores", node)
+    if walk.scale != 1.0 or walk.factors:
+        if not isinstance(mask, Keep) or walk.factors or walk.scale < 0:
+            return Refusal("the mask is scaled together with the scores", node)
+        mask = Keep(mask.condition, mask.when, mask.fill * walk.scale)
+    if walk.view is not None:
+        regrouped = _regrouped(mask, node, walk.view)
+        if regrouped is None:
+            return Refusal("masks are applied to two shapes of the scores", node)
+        mask = regrouped
     walk.work = walk.work or node
     walk.masks.append(mask)
     return None
+
+
+def _regrouped(mask: Mask, node: fx.Node, view: list[Any]) -> Bias | None:
+    """A bias on the scores before their view, to be viewed likewise."""
+    if not isinstance(mask, Bias) or val(mask.value).dim() != val(node).dim():
+        return None
+    fits = same_extents(val(mask.value).shape[:-2], val(node).shape[:-2])
+    return Bias(mask.value, mask.sign, tuple(view[:-2])) if fits else None
 
 
 def _cast(walk: _Walk, node: fx.Node) -> fx.Node | Refusal:  # noqa: ARG001
@@ -156,22 +172,32 @@ def _view(walk: _Walk, node: fx.Node) -> fx.Node | Refusal:
 
 
 def _scale(walk: _Walk, node: fx.Node) -> fx.Node | Refusal:
-    found = scaled(walk.program, node)
-    if found is None:
-        return Refusal("the scale of the scores is not a constant number", node)
-    walk.scale *= found[1]
-    return found[0]
+    if found := scaled(walk.program, node):
+        walk.scale *= found[1]
+        return found[0]
+    scores, factor = _nearer(*node.args[:2])
+    rows = list(val(factor).shape[-2:]) if is_tensor(factor) else []
+    one = len(rows) == 2 and same_extents(rows, [1, 1])
+    if node.target is not aten.mul.Tensor or not one or distance(scores) is None:
+        return Refusal("the scale of the scores is not one number per head", node)
+    walk.factors.append(factor)
+    return scores
+
+
+def _nearer(a: Any, b: Any) -> tuple[Any, Any]:
+    """The two values, the one closer to a product first."""
+    here, there = distance(a), distance(b)
+    return (b, a) if there is not None and (here is None or there < here) else (a, b)
 
 
 def _add(walk: _Walk, node: fx.Node) -> fx.Node | Refusal:
     sign = -1.0 if node.target is aten.sub.Tensor else 1.0
     if arguments(node)["alpha"] != 1:
         return Refusal("the mask is scaled as it is added", node)
-    scores, mask = node.args[:2]
-    here, there = distance(scores), distance(mask)
-    if sign > 0 and there is not None and (here is None or there < here):
-        scores, mask, here = mask, scores, there
-    if here is None or not is_tensor(mask):
+    scores, mask = node.args[:2] if sign < 0 else _nearer(*node.args[:2])
+    if distance(scores) is not None and number(walk.program, mask) is not None:
+        return scores  # softmax does not see a constant shift
+    if distance(scores) is None or not is_tensor(mask):
         return Refusal(f"`{node.name}` is not the sum of scores and a mask", node)
     return _mask(walk, node, Bias(mask, sign)) or scores
 
