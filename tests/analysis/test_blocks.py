@@ -121,6 +121,7 @@ def check(graph: Graph, groups: list[BlockGroup]) -> None:
         first = group.instances[0]
         for region, mapping in zip(group.instances, group.correspondence, strict=True):
             assert region.is_convex(view)
+            assert len(region.inputs) == len(first.inputs)
             assert not seen & region.nodes
             seen |= region.nodes
             assert set(mapping) == region.nodes and set(mapping.values()) == first.nodes
@@ -221,6 +222,39 @@ def test_alternating_kinds_of_layers_become_one_group_each(paths) -> None:
     check(graph, groups)
     several = max(groups, key=lambda g: len(g.instances))
     assert numbers(several) == {(*"0124568", "9", "10")}
+
+
+def test_a_layer_that_reads_one_value_twice_is_not_like_one_that_reads_two() -> None:
+    """Every layer also reads the first input, which to the first layer is the stream itself."""
+
+    class Anchored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Mixer(torch.relu) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            stream = x.sin()
+            start = stream
+            for layer in self.layers:
+                stream = layer(stream) + start
+            return stream
+
+    graph = graph_of(capture(Anchored(), torch.rand(2, 8))).graph
+    (group,) = find_blocks(graph)
+    assert numbers(group) == {("1", "2", "3")}
+    check(graph, [group])
+
+
+@pytest.mark.parametrize(("paths", "first"), [(True, "layer_norm"), (False, "linear")])
+def test_module_paths_settle_where_a_block_begins(paths, first) -> None:
+    """In a plain chain with a norm behind the last layer every cut is as narrow as any other."""
+    layers = (
+        nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh())
+        for _ in range(3)
+    )
+    graph = graph_of(capture(nn.Sequential(*layers, nn.LayerNorm(8)), torch.rand(2, 8))).graph
+    (group,) = find_blocks(graph if paths else without_paths(graph))
+    assert [region.order[0].name.rstrip("_0123456789") for region in group.instances] == [first] * 3
 
 
 def test_a_single_layer_and_parallel_branches_are_no_blocks() -> None:
