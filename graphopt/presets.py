@@ -33,7 +33,7 @@ Recipe = str | Path | Sequence[Pass | str | Mapping[str, Any]]
 
 
 def resolve(recipe: Recipe) -> list[Pass]:
-    """Passes of a preset name, a YAML file, or a sequence of passes, ``NAME:key=value`` or mappings.
+    """Passes of a preset name, a YAML file, or a sequence of passes, strings or mappings.
 
     Raises:
         RecipeError: an unknown preset, pass or option, or a preset whose passes are not installed.

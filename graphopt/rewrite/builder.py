@@ -1,8 +1,8 @@
 """Building replacement nodes that are legal by construction.
 
 Every node gets a fake value (shape, dtype, strides) by running its operator on fake tensors, so an
-ill-typed rewrite fails here and not in the user's program. Operators on constants alone are folded at
-once, in float64, and rounded a single time.
+ill-typed rewrite fails here and not in the user's program. Operators on constants alone are folded
+at once, in float64, and rounded a single time.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on fake values; no new demand on symbolic sizes may arise.
 
     Raises:
-        IllegalRewriteError: the operator does not take these arguments, or holds only for some sizes.
+        IllegalRewriteError: the operator does not fit, or holds only for some sizes.
     """
     shape_env = mode.shape_env
     guards = len(shape_env.guards) if shape_env is not None else 0

@@ -1,8 +1,8 @@
 """Applying rules to a program until nothing changes, with every step recorded.
 
 Each round collects all candidates on the current graph, orders them by declared benefit and then by
-graph order, and applies those that do not overlap. Rounds repeat to a fixpoint; a bound on the number
-of rewrites turns a pair of rules that undo each other into an error that names them.
+graph order, and applies those that do not overlap. Rounds repeat to a fixpoint; a bound on the
+number of rewrites turns a pair of rules that undo each other into an error that names them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -269,4 +270,4 @@ def _sort(graph: fx.Graph) -> None:
 
 def _keep_effects_in_order(flow: nx.DiGraph[fx.Node], effects: Iterable[fx.Node]) -> None:
     ordered = list(effects)
-    flow.add_edges_from(zip(ordered, ordered[1:], strict=False))
+    flow.add_edges_from(pairwise(ordered))

@@ -19,7 +19,7 @@ from graphopt.rewrite.pattern import COMMUTATIVE, Either, Num, Op, Var, anchors,
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a candidate was not rewritten: a sentence, the culprit node, the option that allows it."""
+    """Why a candidate stays: a sentence, the culprit node, the option that would allow it."""
 
     reason: str
     node: fx.Node | None = None

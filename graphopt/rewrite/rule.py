@@ -69,7 +69,7 @@ class Candidate:
 
 
 class Rule:
-    """One rewrite. Subclasses give a docstring with the equation and its source, and the four parts.
+    """One rewrite. Subclasses give a docstring (equation, source) and the four parts.
 
     Class attributes:
         pattern: a pattern, or a tuple of patterns for several outputs.

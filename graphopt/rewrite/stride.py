@@ -1,7 +1,7 @@
 """Strides after a rewrite: a replacement may lie differently in memory than what it replaces.
 
-Views downstream are re-checked on fake tensors. A ``view`` that no longer exists becomes ``reshape``
-(equal values, a copy where needed); strides of model outputs never change.
+Views downstream are re-checked on fake tensors. A ``view`` that no longer exists becomes a
+``reshape`` (equal values, a copy where needed); strides of model outputs never change.
 """
 
 from __future__ import annotations
