@@ -8,6 +8,7 @@ at once, in float64, and rounded a single time.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,7 @@ class Builder:
         return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
     def _base_name(self, node: fx.Node) -> str:
-        return (self.program.target_of(node) or node.name).removesuffix("_folded")
+        return _FOLDED.sub("", self.program.target_of(node) or node.name)
 
 
 def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
@@ -132,6 +133,7 @@ def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     return meta
 
 
+_FOLDED = re.compile(r"_folded(_\d+)?$")
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
