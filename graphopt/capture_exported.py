@@ -13,6 +13,7 @@ from torch.export.graph_signature import OutputKind as TorchOutput
 from torch.utils import _pytree as pytree
 
 from graphopt.capture_limits import allowing_one, traced_assumptions
+from graphopt.capture_lowering import lower_in_place
 from graphopt.capture_modes import changes_mode, inline_grad_modes
 from graphopt.errors import CaptureError
 from graphopt.program import (
@@ -91,7 +92,9 @@ def _functional(exported: ExportedProgram, *, frozen: bool) -> tuple[ExportedPro
         )
     lines = dict.fromkeys(str(source_line(n)) for n in unsaid)
     notes = [f"gradients do not pass the in-place write at {x}" for x in lines]
-    return exported.run_decompositions({}), notes
+    if not lower_in_place(exported.graph):
+        exported = exported.run_decompositions({})
+    return exported, notes
 
 
 def _needs_lowering(node: fx.Node) -> bool:

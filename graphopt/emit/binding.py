@@ -69,10 +69,10 @@ class CallBinder:
             if name in given:
                 raise self._error(f"got {name} by position and by keyword", "pass it once")
             given[name] = value
-        found = [self._take(name, given.pop(name, _MISSING)) for name in self.parameters]
         for name, value in given.items():
-            self._check_extra(name, value)
-        return found
+            if name not in self.specs:
+                self._check_extra(name, value)
+        return [self._take(name, given.get(name, _MISSING)) for name in self.parameters]
 
     def _take(self, name: str, value: Any) -> Any:
         if value is not _MISSING:

@@ -89,11 +89,7 @@ class InputGuard:
             (str(s), *_bounds(r)) for s, r in program.range_constraints.items() if str(s) in known
         ]
         self.symbols = sorted(known)
-        self.assumptions = [
-            (a, compiled(a.text, self.symbols))
-            for a in program.assumptions
-            if _names(a.text) <= known
-        ]
+        self.assumptions = [(a, compiled(a.text, self.symbols)) for a in program.assumptions]
         self._all = compiled(
             " and ".join(f"({a.text})" for a, _ in self.assumptions) or "True", self.symbols
         )
@@ -230,11 +226,6 @@ def compiled(text: str, names: Sequence[str]) -> Callable[..., Any]:
 
 
 _MATH = {f"math.{name}" for name in ("floor", "ceil", "inf", "sqrt", "trunc")}
-
-
-def _names(text: str) -> set[str]:
-    names = {n.id for n in ast.walk(ast.parse(text, mode="eval")) if isinstance(n, ast.Name)}
-    return names - _FUNCTIONS.keys()
 
 
 def _labels(program: Program) -> Iterator[str]:
