@@ -29,8 +29,8 @@ _ITEM = re.compile(
 _DIM = re.compile(r"^(?:(?P<size>\d+)|(?P<name>[A-Za-z_]\w*)(?:=(?P<value>\d+))?)$")
 
 _DTYPE_NAMES = (
-    ("float32", "float64", "float16", "bfloat16", "complex64")
-    + ("int64", "int32", "int16", "int8", "uint8", "bool")
+    *("float32", "float64", "float16", "bfloat16", "complex64"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )  # fmt: skip
 
 DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_NAMES}

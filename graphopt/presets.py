@@ -16,7 +16,6 @@ EXACT: tuple[str, ...] = (
     "FoldBatchNorm",
     "RecognizeComposites",
     "FoldNormAffine",
-    "PreRMSNorm",
     "MergeProjections",
     "Canonicalize",
     "EliminateCommonSubexpressions",
