@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,17 +46,26 @@ class InertDetach(Identity):
 
 def carries_gradient(program: Program) -> set[fx.Node]:
     """Nodes that a gradient may flow through, for any floating input and any trained parameter."""
-    starts = {InputKind.USER} if program.frozen else {InputKind.USER, InputKind.PARAMETER}
+    asked = program.differentiable()
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            carries = program.inputs[node.name].kind in starts
+            carries = _may_start(program, node, asked)
         else:
             stops = node.target is aten.detach.default
             carries = not stops and not found.isdisjoint(node.all_input_nodes)
         if carries and _is_differentiable(val(node)):
             found.add(node)
     return found
+
+
+def _may_start(program: Program, node: fx.Node, asked: Collection[str]) -> bool:
+    """A parameter that is fixed today may be trained tomorrow; what Dynamo passes in is guarded."""
+    kind = program.inputs[node.name].kind
+    if kind is InputKind.USER:
+        fake = val(node)
+        return node.name in asked or (isinstance(fake, Tensor) and fake.dtype.is_complex)
+    return kind is InputKind.PARAMETER and not program.frozen
 
 
 def _is_differentiable(value: Any) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphopt.passes.canonicalize.identity import RESHAPES, Identity, is_floating, same_sizes
 from graphopt.program import Program, val
-from graphopt.rewrite import Builder, Example, Match, Numeric, Refusal, either, op, var
+from graphopt.rewrite import Builder, Candidate, Example, Match, Numeric, Refusal, either, op, var
 
 aten = torch.ops.aten
 
@@ -24,13 +24,22 @@ def _product(weight: Any) -> Any:
     return either(op(_PRODUCTS, "x", weight), op(aten.addmm.default, _ROW, "x", weight))
 
 
-class TransposedWeight(Identity):
+class WeightRule(Identity):
+    """An identity that holds for weights of the model, bound as ``owned``."""
+
+    owned: ClassVar[str] = "w"
+
+    def find(self, program: Program) -> Iterator[Candidate]:
+        weights = program.weights()
+        for candidate in super().find(program):
+            if candidate.match is not None and candidate.match[self.owned] in weights:
+                yield candidate
+
+
+class TransposedWeight(WeightRule):
     """``x @ w.T + b = linear(x, w, b)``, for a weight of the model."""
 
     pattern = _product(op(aten.transpose.int, _MATRIX, 0, 1, escapes=True))
-
-    def applies(self, match: Match) -> bool:
-        return _is_weight(match.program, match["w"])
 
     def rewrite(self, match: Match, build: Builder) -> Any:
         return build(aten.linear.default, match["x"], match["w"], match.get("bias"))
@@ -48,7 +57,7 @@ class TransposedWeight(Identity):
         yield _case("bias per row", lambda m, x: torch.addmm(m.b[:, None], x, m.w.transpose(0, 1)))
 
 
-class PlainWeight(Identity):
+class PlainWeight(WeightRule):
     """``x @ w + b = linear(x, w.T, b)``, for weights stored input first, as in GPT-2's ``Conv1D``.
 
     The transposed copy replaces the weight where it is a constant; where the model trains it is a
@@ -57,9 +66,6 @@ class PlainWeight(Identity):
 
     numeric = Numeric.REASSOCIATED
     pattern = _product(_MATRIX)
-
-    def applies(self, match: Match) -> bool:
-        return _is_weight(match.program, match["w"])
 
     def check(self, match: Match) -> Refusal | None:
         weight = match["w"]
@@ -88,16 +94,16 @@ class PlainWeight(Identity):
         yield _case("vector", lambda m, x: x @ m.b)
 
 
-class BiasAfterLinear(Identity):
+class BiasAfterLinear(WeightRule):
     """``linear(x, w) + b = linear(x, w, b)``, for a bias of the model: one pass less."""
 
     numeric = Numeric.REASSOCIATED
+    owned = "bias"
     pattern = op(aten.add.Tensor, op(aten.linear.default, "x", "w", name="product"), _ROW)
 
     def applies(self, match: Match) -> bool:
         width, fake = match.val("w").shape[0], match.val("bias")
-        same = same_sizes(fake.shape, [width]) and fake.dtype == match.val("w").dtype
-        return same and _is_weight(match.program, match["bias"])
+        return same_sizes(fake.shape, [width]) and bool(fake.dtype == match.val("w").dtype)
 
     def rewrite(self, match: Match, build: Builder) -> Any:
         return build(aten.linear.default, match["x"], match["w"], match["bias"])
@@ -162,10 +168,6 @@ class FlatLinear(Identity):
             3,
             reason="also used by",
         )
-
-
-def _is_weight(program: Program, node: fx.Node) -> bool:
-    return program.target_of(node) is not None
 
 
 class _Weighted(nn.Module):

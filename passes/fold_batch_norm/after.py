@@ -62,6 +62,9 @@ class NormAfterConv(NormFold):
         yield stack("3d", (2, 4, 5, 5, 5), lambda: nn.Conv3d(4, 6, 3), norm(6, 3))
         yield stack("two norms", IMAGES, lambda: conv(4, 6, 3), norm(6), norm(6), count=2)
         yield stack("half", IMAGES, lambda: conv(4, 6, 3), norm(6), dtype=torch.bfloat16)
+        rows = {"dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},)}
+        yield stack("dynamic", IMAGES, _conv, norm(6), **rows)
+        yield stack("in place after", IMAGES, _conv, norm(6), lambda: nn.ReLU(inplace=True))
         yield network("not contiguous", IMAGES, lambda x, c, n: n(c(x.mT)), _conv, norm(6))
 
     def near_misses(self) -> Iterable[Example]:
