@@ -135,7 +135,7 @@ def trace_axis(
             raise GraphoptError(
                 f"the axis has {extent} indices in {node} and {size} in {other}",
                 where=source_line(other),
-                fix="give dims of equal size, or the placement of a shifted or cut tensor",
+                fix="give dims of one size (dynamic ones by one torch.export.Dim) or a placement",
             )
     if extent == 1:
         raise GraphoptError(

@@ -11,6 +11,7 @@ GRU = [f(12, 3), f(12, 4), f(12), f(12)]
 RNN = [f(4, 3), f(4, 4), f(4), f(4)]
 SIGNS = Draw(lambda: torch.randint(0, 2, (3,)) * 2 - 1)
 STEPS, LABELS = Draw(lambda: torch.tensor([6, 6])), Draw(lambda: torch.tensor([2, 2]))
+AFFINE = [(1, 0), (2, 0)]  # scale and shift do not mix, but what they are applied to does
 NORM = (f(4), f(4), f(4), pos(4))
 
 SAMPLES: list[Sample] = [
@@ -48,15 +49,18 @@ SAMPLES: list[Sample] = [
     s("gru.input", f(2, 5, 3), f(1, 2, 4), GRU, True, 1, 0.0, False, False, True),
     s("rnn_tanh.input", f(5, 3), f(1, 4), RNN, True, 1, 0.0, False, False, False),
     s("rnn_relu.input", f(5, 2, 3), f(1, 2, 4), RNN, True, 1, 0.0, False, False, False),
-    s("lstm_cell", f(2, 3), [f(2, 4), f(2, 4)], *LSTM), s("gru_cell", f(2, 3), f(2, 4), *GRU),
+    s("lstm_cell", f(2, 3), [f(2, 4), f(2, 4)], *LSTM, careful=[(2, 1)]),
+    s("gru_cell", f(2, 3), f(2, 4), *GRU),
     s("rnn_tanh_cell", f(2, 3), f(2, 4), *RNN, careful=[(k, 0) for k in range(2, 6)]),
     s("rnn_relu_cell", f(1, 3), f(1, 4), *RNN, careful=[(k, 0) for k in range(2, 6)]),
     # norms
-    s("layer_norm", f(2, 3, 4), [3, 4], f(3, 4), f(3, 4)), s("layer_norm", f(2, 3, 4), [4]),
-    s("native_layer_norm", f(2, 3, 4), [4], f(4), f(4), 1e-5),
-    s("rms_norm", f(2, 3, 4), [4], f(4)),
-    s("_fused_rms_norm", f(2, 3, 4), [4], f(4), 1e-6), s("group_norm", f(2, 6, 3), 3, f(6), f(6)),
-    s("native_group_norm", f(2, 6, 3), f(6), f(6), 2, 6, 3, 3, 1e-5),
+    s("layer_norm", f(2, 3, 4), [3, 4], f(3, 4), f(3, 4), careful=[*AFFINE, (1, 1), (2, 1)]),
+    s("layer_norm", f(2, 3, 4), [4]),
+    s("native_layer_norm", f(2, 3, 4), [4], f(4), f(4), 1e-5, careful=AFFINE),
+    s("rms_norm", f(2, 3, 4), [4], f(4), careful=AFFINE),
+    s("_fused_rms_norm", f(2, 3, 4), [4], f(4), 1e-6, careful=AFFINE),
+    s("group_norm", f(2, 6, 3), 3, f(6), f(6), careful=AFFINE),
+    s("native_group_norm", f(2, 6, 3), f(6), f(6), 2, 6, 3, 3, 1e-5, careful=AFFINE),
     s("batch_norm", f(3, 4, 5), *NORM, False, 0.1, 1e-5, False),
     s("batch_norm", f(3, 4), None, None, None, None, True, 0.1, 1e-5, False),
     s("native_batch_norm", f(3, 4, 5), *NORM, False, 0.1, 1e-5),

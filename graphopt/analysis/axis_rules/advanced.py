@@ -46,7 +46,8 @@ def index(call: Call) -> Outcome:
         for k, dim in enumerate(item.dims):
             names[dim] = item.names[k] if item.mask else item.identity or ("in", dim)
     terms = [Term(call.main, names), *(Term(item.node, item.names) for item in indices)]
-    return combine(call, terms, [_taken(call, indices)], lost="reindex")
+    counted = [item.identity for item in indices if item.identity is not None]
+    return combine(call, terms, [_taken(call, indices)], lost="reindex", fixed=counted)
 
 
 @rule("index_put", "_unsafe_index_put", "index_put.hacked_twin", "_unsafe_index_put.hacked_twin")

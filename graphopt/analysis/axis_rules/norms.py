@@ -35,7 +35,13 @@ def group_norm(call: Call) -> Outcome:
     results: list[Term | Labels] = [Term(None, names, virtual)]
     results += [["n", "g"]] * (len(call.results) - 1)
     terms = [Term(call.main, names, virtual), *affine]
-    return combine(call, terms, results, _normalised(["c", *space]), fixed=["n", "g"])
+    return combine(
+        call,
+        terms,
+        results,
+        _normalised(["c", *space]),
+        fixed=["g", *(["n"] if call.op == "native_group_norm" else [])],
+    )
 
 
 def _whole(value: Size | None) -> Size:

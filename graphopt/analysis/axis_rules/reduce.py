@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graphopt.analysis.axis_rules.call import Call, MixKind, Outcome, rule
 from graphopt.analysis.axis_rules.labels import Label, Term, combine
+from graphopt.analysis.axis_rules.pointwise import trailing
 from graphopt.analysis.axis_rules.views import dims_of
 
 
@@ -130,5 +131,5 @@ def combined(call: Call) -> Outcome:
 
 
 def _everything(call: Call, kind: MixKind) -> Outcome:
-    terms = [Term(node, [("in", k) for k in range(call.rank(node))]) for node in call.tensors]
+    terms = [Term(node, [("in", k) for k in trailing(call.rank(node))]) for node in call.tensors]
     return combine(call, terms, [[None] * len(shape) for shape in call.results], lost=kind)
