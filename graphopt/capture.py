@@ -150,7 +150,7 @@ def _line_that_fixes(example: Example, axes: Axes, size: int) -> str | None:
     """Trace again and watch where a symbol becomes ``size``."""
     with watching_constants(size) as lines, suppress(CaptureError):
         _trace(example, axes, frozen=True)
-    return lines[-1] if lines else None
+    return lines[0] if lines else None
 
 
 __all__ = ["Example", "capture", "from_exported"]

@@ -65,6 +65,11 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
         "put the model and all inputs on one device",
     ),
     (
+        r"_apply\(\): Couldn't swap",
+        "forward moves or casts one of its modules (module.to)",
+        "cast the module before the call, or its input inside forward",
+    ),
+    (
         r"must have same reduction dim|size of tensor a|cannot be multiplied|shape '.*' is invalid",
         "the shapes of the example inputs do not fit the model",
         "call the model once in eager mode with the same inputs, and correct the sizes",

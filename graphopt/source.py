@@ -35,7 +35,7 @@ _LIBRARIES = re.compile(r"/(site|dist)-packages/(functorch|sympy|numpy|networkx)
 
 def is_user_file(file: str) -> bool:
     """Whether a file is the user's or a model library's: not torch, graphopt or Python itself."""
-    if file.startswith(("<", *_TOOLS)) or _LIBRARIES.search(file):
+    if file.startswith(("<", "torch/", *_TOOLS)) or _LIBRARIES.search(file):
         return False
     installed = "/site-packages/" in file or "/dist-packages/" in file
     return installed or not file.startswith(_STANDARD_LIBRARY)
