@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY  := $(VENV)/.ready
 OUT    ?= out
 
-.PHONY: help demo test lint types format coverage bench sweep docs wheel clean
+.PHONY: help demo test lint types format coverage bench sweep wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -48,9 +48,8 @@ coverage: $(READY)  ## tests with coverage of graphopt/ and passes/
 bench: $(READY)  ## benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks
 
-sweep: $(READY)  ## every architecture, long; rewrites the table in docs/
+sweep: $(READY)  ## the tests that are too long for every day
 	$(BIN)/python -m pytest -m sweep tests
-	$(BIN)/python tests/sweep.py --table docs/architectures.md
 
 wheel: $(READY)  ## sdist and wheel in dist/
 	$(BIN)/python -m build
