@@ -30,6 +30,7 @@ class Builder:
         self.program, self.anchor, self.rule = program, anchor, rule
         self.new_nodes: list[fx.Node] = []
         self.folded: dict[fx.Node, Tensor] = {}
+        self.substituted: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
         self.fake_mode = program_fake_mode(program)
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -66,8 +67,17 @@ class Builder:
         node.meta["rewritten_by"] = (self.rule,)
         return node
 
+    def substitute(self, old: fx.Node, new: fx.Node) -> None:
+        """Let all readers of ``old`` read ``new`` now: for rewrites whose parts feed each other."""
+        readers = old.replace_all_uses_with(new, propagate_meta=False)
+        self.substituted.append((old, new, readers))
+
     def discard(self) -> None:
         """Remove everything built so far (a rewrite that turned out illegal)."""
+        for old, new, readers in reversed(self.substituted):
+            for reader in readers:
+                reader.replace_input_with(new, old)
+        self.substituted.clear()
         for node in reversed(self.new_nodes):
             self.program.graph.erase_node(node)
         self.new_nodes.clear()
