@@ -21,7 +21,6 @@ from torch.fx import Node
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
-    sdpa_flop_count,
     shape_wrapper,
 )
 
@@ -192,10 +191,12 @@ def _contraction(operand: int) -> Callable[..., int]:
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
+    """Scores of ``(..., L, E)`` with ``(..., S, E)``, then their product with ``(..., S, V)``."""
+    return int(2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1]))
 
 
 _OWN: dict[Any, Callable[..., int]] = {
+    aten.scaled_dot_product_attention: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._int_mm: _contraction(0),
     aten._weight_int8pack_mm: _contraction(0),
