@@ -23,10 +23,9 @@ from graphopt.rewrite import Refusal, arguments
 
 aten = torch.ops.aten
 
-ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
-ROOTS = (*ROOTS, aten.std.dim, aten.std.correction, aten.linalg_vector_norm.default)
-VARIANCES = (aten.var.dim, aten.var.correction)
 DEVIATIONS = (aten.std.dim, aten.std.correction, aten.linalg_vector_norm.default)
+ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, *DEVIATIONS)
+VARIANCES = (aten.var.dim, aten.var.correction)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from graphopt.rewrite import Refusal, arguments
 aten = torch.ops.aten
 
 DEPTH = 6
-MASKS = (aten.tril.default, aten.triu.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-MASKS = (*MASKS, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+_CHOICES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+MASKS = (aten.tril.default, aten.triu.default, *_FILLS, *_CHOICES)
 
 
 @dataclass(frozen=True)
