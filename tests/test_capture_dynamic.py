@@ -60,6 +60,19 @@ def _model_of(program: Program) -> nn.Module:
     return model
 
 
+def test_one_name_is_one_size_also_where_the_model_does_not_care() -> None:
+    class Apart(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x.sin(), y.cos()
+
+    args = torch.rand(3), torch.rand(3)
+    tied = capture(Apart(), args, dynamic_shapes={"x": {0: "n"}, "y": {0: "n"}})
+    free = capture(Apart(), args, dynamic_shapes={"x": {0: "n"}, "y": {0: "m"}})
+    InputGuard(free)([torch.rand(4), torch.rand(5)])
+    with pytest.raises(GraphoptError, match="`n` must be 4, as in x"):
+        InputGuard(tied)([torch.rand(4), torch.rand(5)])
+
+
 def test_every_way_to_declare_gives_the_same_graph() -> None:
     model, example = Encoder(), tokens(2, 7)
     batch, seq = Dim("batch"), Dim("seq", max=64)

@@ -110,6 +110,12 @@ def test_shapes_and_strides_agree(name: str, monkeypatch: pytest.MonkeyPatch) ->
         assert all(value.shape[i] == fake.shape[i] for i in static)
 
 
+def test_contiguous_copies_where_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, short, _, example = both(lambda x: x.transpose(1, 2).contiguous(), monkeypatch)
+    (result,) = short.run([example])
+    assert taken and result.is_contiguous() and torch.equal(result, example.transpose(1, 2))
+
+
 @pytest.mark.parametrize("name", LEFT_TO_TORCH)
 def test_what_needs_more_is_left_to_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken, short, long, example = both(LEFT_TO_TORCH[name], monkeypatch)

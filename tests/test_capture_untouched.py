@@ -54,6 +54,23 @@ def test_a_model_is_left_as_it_was() -> None:
     assert any("`shapes`" in note for note in program.notes)
 
 
+def test_a_buffer_that_counts_is_not_mistaken_for_an_attribute_that_does() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.tensor(0.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shape = tuple(x.shape)
+            self.steps += 1
+            return x * self.steps
+
+    model = Counts()
+    program = capture(model, (torch.ones(2),))
+    assert torch.equal(program.run([torch.ones(2)])[1], torch.ones(2)) and model.steps == 0
+    assert program.notes == ["forward sets `shape`; the program does not"]
+
+
 def test_a_failed_capture_leaves_the_model_as_it_was() -> None:
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
