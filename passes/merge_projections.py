@@ -40,16 +40,8 @@ class MergeSiblings(Rule):
         weights = [arguments(n)["weight"] for n in match.nodes]
         if len(set(weights)) < len(weights):
             return Refusal("two of the projections are the same product", match.root)
-        for node, weight in zip(match.nodes, weights, strict=True):
-            if val(weight).dim() != 2:
-                return Refusal("a weight is not a matrix", node)
-            shared = next((u for u in weight.users if u not in match.nodes), None)
-            if match.program.frozen and shared is not None:
-                reason = (
-                    f"the weight is also used by `{shared.name}`: a merged copy would add memory"
-                )
-                return Refusal(reason, weight)
-        return None
+        refusals = (_weight_refusal(match, node) for node in match.nodes)
+        return next(filter(None, refusals), None)
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         parts = [arguments(n) for n in match.nodes]
@@ -63,11 +55,37 @@ class MergeSiblings(Rule):
         yield Example("qkv", lambda: _Siblings(8, 8, 8), _input)
         yield Example("grouped heads", lambda: _Siblings(16, 4, 4), _input)
         yield Example("one bias missing", lambda: _Siblings(8, 8, bias=(True, False)), _input)
+        yield Example("no bias", lambda: _Siblings(8, 8, bias=(False, False)), _input)
+        yield Example("shared reshape", lambda: _Siblings(8, 4, flat=True), _input)
+        shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+        yield Example("dynamic", lambda: _Siblings(8, 8), _input, dynamic_shapes=shapes)
+        yield Example("strided input", lambda: _Siblings(8, 8), _strided)
+        yield Example("written in place", lambda: _Siblings(8, 8, written=True), _input)
+        yield Example("half", lambda: _Siblings(8, 8).bfloat16(), _half)
         yield Example("training", lambda: _Siblings(8, 8, 8), _input, training=True)
 
     def near_misses(self) -> Iterable[Example]:
         yield Example("tied weights", _Tied, _input, reason="same product")
         yield Example("other inputs", _TwoInputs, _input)
+        yield Example("weight read elsewhere", _ReadElsewhere, _input, reason="also used by")
+        yield Example("one after the other", _Chained, _input, reason="depends on a value")
+        yield Example("returned", _Returned, _input, reason="strides of an output")
+
+
+def _weight_refusal(match: Match, node: fx.Node) -> Refusal | None:
+    given = arguments(node)
+    if val(given["weight"]).dim() != 2:
+        return Refusal("a weight is not a matrix", node)
+    if not match.program.frozen:
+        return None
+    for weight in (w for w in (given["weight"], given["bias"]) if w is not None):
+        if not match.program.is_constant(weight):
+            return Refusal(f"`{weight.name}` is not a constant of the model", weight)
+        shared = next((u for u in weight.users if u not in match.nodes), None)
+        if shared is not None:
+            reason = f"`{weight.name}` is also used by `{shared.name}`: a copy would add memory"
+            return Refusal(reason, weight)
+    return None
 
 
 def _bias(parts: Sequence[dict[str, Any]], build: Builder) -> fx.Node | None:
@@ -86,13 +104,18 @@ class MergeProjections(Pass):
 
 
 class _Siblings(nn.Module):
-    def __init__(self, *widths: int, bias: tuple[bool, ...] | None = None) -> None:
+    def __init__(self, *widths: int, bias: tuple[bool, ...] | None = None, **variant: bool) -> None:
         super().__init__()
+        self.variant = variant
         flags = bias or (True,) * len(widths)
         self.parts = nn.ModuleList(nn.Linear(8, w, b) for w, b in zip(widths, flags, strict=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x).sin() for part in self.parts], -1)
+        x = x.flatten(0, 1) if self.variant.get("flat") else x
+        made = [part(x) for part in self.parts]
+        if self.variant.get("written"):
+            made[0] += 1
+        return torch.cat([part.sin() for part in made], -1)
 
 
 class _Tied(nn.Module):
@@ -108,6 +131,35 @@ class _Tied(nn.Module):
 class _TwoInputs(_Tied):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.a(x).sin() + self.b(x + 1)
+
+
+class _ReadElsewhere(_Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x).sin() + self.b(x) + self.a.weight.sum()
+
+
+class _Chained(_ReadElsewhere):
+    """The second product's bias comes from the first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.b.weight, self.a(x).sum((0, 1)))
+
+
+class _Returned(_ReadElsewhere):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x), self.b(x)
+
+
+def _strided() -> tuple[torch.Tensor, ...]:
+    return (torch.randn(6, 4, 8).transpose(0, 1),)
+
+
+def _half() -> tuple[torch.Tensor, ...]:
+    return (torch.randn(4, 6, 8, dtype=torch.bfloat16),)
 
 
 def _input() -> tuple[torch.Tensor, ...]:
