@@ -52,9 +52,17 @@ def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.G
         plain = example.detach().double()
         spread = float(plain.std()) if plain.numel() > 1 else 0.0
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
-        return (drawn + float(plain.mean())).to(example.device, example.dtype)
+        return _laid_out((drawn + float(plain.mean())).to(example.device, example.dtype), example)
     index = torch.randint(example.numel(), shape, generator=generator)
-    return example.detach().flatten()[index.to(example.device)]
+    return _laid_out(example.detach().flatten()[index.to(example.device)], example)
+
+
+def _laid_out(value: Tensor, example: Tensor) -> Tensor:
+    """The value with its axes in the example's order in memory: views of the model stand on it."""
+    axes = range(value.dim())
+    order = sorted(axes, key=example.stride, reverse=True)
+    back = sorted(axes, key=order.__getitem__)
+    return value.permute(order).contiguous().permute(back)
 
 
 def _expression(extent: Any) -> Any:

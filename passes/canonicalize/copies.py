@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphopt.analysis.aliases import is_view
 from graphopt.errors import IllegalRewriteError
 from graphopt.passes.canonicalize.identity import (
     RESHAPES,
     CopyFree,
-    Identity,
     case,
     same_shape,
     same_value,
@@ -28,6 +27,7 @@ from graphopt.rewrite.stride import same_layout
 aten = torch.ops.aten
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
+_PLAIN = torch.contiguous_format
 _INNER: Any = {"name": "inner", "escapes": True}
 _LAYOUT_BOUND = frozenset(
     {aten.as_strided.default, aten.view.default, aten.view.dtype, aten.view_as_complex.default}
@@ -52,7 +52,9 @@ class PlainCopy(CopyFree):
 
     def examples(self) -> Iterable[Example]:
         yield case("clone", lambda x: x.clone() + 1)
-        yield case("evaluated dropout", lambda x: nn.functional.dropout(x.sin(), 0.1, False))
+        yield case(
+            "contiguous", lambda x: x.sin().clone(memory_format=torch.contiguous_format).exp()
+        )
         yield case("constant", lambda x: x + torch.tensor([1.0, 2.0]), (3, 2))
         yield case("forced copy", lambda x: x.to(torch.float32, copy=True).sin())
         yield case("of what else is used", lambda x: x.sin().clone() * x.sin())
@@ -67,8 +69,8 @@ class PlainCopy(CopyFree):
         yield case("as complex", lambda x: torch.view_as_complex((x + 1).contiguous()), (3, 2))
 
 
-class CopyBeforeReshape(Identity):
-    """``reshape(clone(x)) = reshape(x)``, where the reshape has to copy anyway."""
+class CopyBeforeReshape(CopyFree):
+    """``reshape(clone(x)) = reshape(x)``, where both lie alike in memory."""
 
     pattern = op(RESHAPES, op(aten.clone.default, "x", ..., name="copy"), "shape")
 
@@ -87,10 +89,13 @@ class CopyBeforeReshape(Identity):
     def examples(self) -> Iterable[Example]:
         yield case("contiguous view", lambda x: x.mT.contiguous().view(4, 48) + 1)
         yield case("heads", lambda x: x.view(4, 6, 2, 4).transpose(1, 2).reshape(4, 2, 24) + 1)
-        yield case("repeated heads", lambda x: x[:, :, None].expand(4, 6, 3, 8).reshape(4, 18, 8))
+        yield case(
+            "repeated heads", lambda x: x[:, :, None].expand(4, 6, 3, 8).reshape(4, 18, 8) + 1
+        )
 
     def near_misses(self) -> Iterable[Example]:
         yield case("copy used twice", _copied_twice, reason="also used by")
+        yield case("view of a copy returned", lambda x: x.clone().view(-1), reason="model's own")
         yield case("a view would do", lambda x: x.mT.contiguous().view(4, 8, 2, 3) + 1)
 
 
