@@ -16,6 +16,7 @@ EXACT: tuple[str, ...] = (
     "FoldBatchNorm",
     "RecognizeComposites",
     "FoldNormAffine",
+    "PreRMSNorm",
     "MergeProjections",
     "Canonicalize",
     "EliminateCommonSubexpressions",
