@@ -65,6 +65,11 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
         "put the model and all inputs on one device",
     ),
     (
+        r"DynamicOutputShapeException|aten\._ctc_loss",
+        "the shape of a result depends on the values of a tensor",
+        "leave that operator out of the captured model, or use one with a fixed shape",
+    ),
+    (
         r"_apply\(\): Couldn't swap",
         "forward moves or casts one of its modules (module.to)",
         "cast the module before the call, or its input inside forward",
@@ -87,16 +92,14 @@ def explain_capture_failure(error: Exception, model: nn.Module) -> GraphoptError
     """The cause of a failed trace as a `CaptureError`."""
     if isinstance(error, GraphoptError):
         return error
-    text, name = str(error), type(model).__name__
+    name, kind = type(model).__name__, type(error).__name__
+    text = f"{kind}: {error}"
     frame = innermost(frames_of_traceback(error.__traceback__))
     where = str(frame) if frame else None
     for pattern, what, fix in CAUSES:
         if re.search(pattern, text):
             return CaptureError(f"cannot capture {name}: {what}", where=where, fix=fix)
-    kind = type(error).__name__
-    return CaptureError(
-        f"cannot capture {name}: {kind}: {_first(text)}", where=where, fix=_DEFAULT_FIX
-    )
+    return CaptureError(f"cannot capture {name}: {_first(text)}", where=where, fix=_DEFAULT_FIX)
 
 
 def _first(text: str) -> str:

@@ -19,7 +19,7 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from graphopt.capture_axes import Axes, Axis, Path
 from graphopt.program import Assumption, Program, val
-from graphopt.source import calling_line, is_user_file
+from graphopt.source import is_user_file, traced_line
 
 _SOURCE = re.compile(r"L(?:\['[^']*'\]|\[\d+\]|\.[A-Za-z_]\w*\b(?!\())+(?:\.size\(\)\[\d+\])?")
 
@@ -193,7 +193,7 @@ def watching_constants(size: int) -> Iterator[list[str]]:
 
     def seen(self: ShapeEnv, symbol: Any, target: Any, *rest: Any) -> None:
         if getattr(target, "is_number", False) and int(target) == size:
-            line = calling_line()
+            line = traced_line()
             lines.extend([line] if line else [])
         fix(self, symbol, target, *rest)
 

@@ -21,9 +21,10 @@ from graphopt.source import calling_line, is_user_file
 
 _SENTINEL = 0x6A09E667
 _CONTAINERS = (list, dict, set)
-# Attributes that a trace itself replaces; recurrent layers keep their weights twice.
+# Attributes that a trace itself replaces (recurrent layers keep their weights twice), or that only
+# say that transformers has set up its hooks.
 _TABLES = frozenset(vars(nn.Module())) - {"training"}
-_TABLES |= {"forward", "_flat_weights", "_flat_weight_refs"}
+_TABLES |= {"forward", "_flat_weights", "_flat_weight_refs", "_output_capturing_hooks_installed"}
 
 
 @dataclass

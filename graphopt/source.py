@@ -27,6 +27,7 @@ class Frame(NamedTuple):
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n?(?P<code>[^\n]*)')
 _PACKAGE = Path(__file__).parent
+_CAPTURE = str(_PACKAGE / "capture.py")
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
 _OWN = (_PACKAGE, _PACKAGE.parent / "passes", _PACKAGE.parent / "kernels")
 _TOOLS = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, *_OWN))
@@ -67,6 +68,14 @@ def frames_of_traceback(trace: TracebackType | None) -> list[Frame]:
 def calling_line() -> str | None:
     """The user's ``file:line`` that is being executed."""
     frame = innermost(_frames(traceback.extract_stack()))
+    return str(frame) if frame else None
+
+
+def traced_line() -> str | None:
+    """The line being executed inside a trace; ``None`` where only its caller is the user's."""
+    frames = _frames(traceback.extract_stack())
+    start = next((i for i, f in enumerate(frames) if f.file == _CAPTURE), len(frames))
+    frame = innermost(frames[start:])
     return str(frame) if frame else None
 
 

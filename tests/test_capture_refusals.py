@@ -106,6 +106,11 @@ def own_error(m: Calls, a: Tensor) -> Tensor:
     raise ValueError("the configuration is wrong")  # here
 
 
+def own_shape(m: Calls, a: Tensor) -> Tensor:
+    lengths = torch.tensor([3])
+    return torch.ctc_loss(a[:, None], a[:1, :2].long(), lengths, lengths)  # here
+
+
 def seeded(m: Calls, a: Tensor) -> Tensor:
     torch.manual_seed(0)
     return a + torch.randn(3, 4)
@@ -168,6 +173,7 @@ INSIDE = {
     counter: "writes `calls`, and the next call depends on it",
     remembered: "writes `last`, and the next call depends on it",
     own_error: "ValueError: the configuration is wrong",
+    own_shape: "the shape of a result depends on the values",
     seeded: "sets the seed",
     python_random: "Python's random",
     numpy_random: "NumPy's random",
