@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from graphopt.analysis.aliases import is_returned, is_view
 from graphopt.analysis.purity import is_pure
 from graphopt.passes.canonicalize.identity import case
-from graphopt.program import Program, val
+from graphopt.program import InputKind, Program, val
 from graphopt.rewrite import (
     Builder,
     Candidate,
@@ -185,11 +185,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _name(root: fx.Node, state: Mapping[str, Tensor], program: Program) -> str:
-    """After the largest tensor in the cone: ``conv.weight_folded``."""
+    """After the largest tensor in the cone, a parameter if there is one: ``conv.weight_folded``."""
     if not state:
         return f"{root.name}_folded"
-    largest = max(state, key=lambda name: _bytes(state[name]))
-    name = (program.inputs[largest].target or largest).removesuffix("_folded")
+    entries = [program.inputs[name] for name in state]
+    owned = [e for e in entries if e.kind is InputKind.PARAMETER] or entries
+    name = max(owned, key=lambda e: _bytes(state[e.name])).target or root.name
+    name = name.removesuffix("_folded")
     for pattern in _PARAMETRIZED:
         name = pattern.sub(r"\1", name)
     return f"{name}_folded"

@@ -24,10 +24,13 @@ aten = torch.ops.aten
 
 
 class Builder:
-    """Inserts nodes before ``anchor`` on behalf of ``rule``; `new_nodes` lists them in order."""
+    """Inserts nodes before ``anchor`` on behalf of ``rule``; `new_nodes` lists them in order.
 
-    def __init__(self, program: Program, anchor: fx.Node, rule: str) -> None:
-        self.program, self.anchor, self.rule = program, anchor, rule
+    With ``folds`` false operators on constants stay operators.
+    """
+
+    def __init__(self, program: Program, anchor: fx.Node, rule: str, *, folds: bool = True) -> None:
+        self.program, self.anchor, self.rule, self.folds = program, anchor, rule, folds
         self.new_nodes: list[fx.Node] = []
         self.folded: dict[fx.Node, Tensor] = {}
         self.substituted: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
@@ -100,7 +103,9 @@ class Builder:
 
     def _can_fold(self, target: Any, nodes: list[fx.Node], meta: Any) -> bool:
         pure = target is not operator.getitem and isinstance(meta, Tensor)
-        return bool(nodes) and pure and all(self.program.is_constant(n) for n in nodes)
+        return (
+            self.folds and bool(nodes) and pure and all(self.program.is_constant(n) for n in nodes)
+        )
 
     def _fold(self, target: Any, args: Any, kwargs: Any, meta: Tensor) -> fx.Node:
         wide = fx.node.map_arg((args, kwargs), self._wide)

@@ -160,7 +160,7 @@ def _cycle(match: Match, order: Mapping[fx.Node, int]) -> Refusal | None:
 
 
 def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | None:
-    build = Builder(program, match.root, rule.name)
+    build = Builder(program, match.root, rule.name, folds=rule.folds)
     before = extract(program, list(match.roots), set(match.nodes))
     try:
         made = rule.rewrite(match, build)

@@ -79,6 +79,7 @@ class Rule:
         version: raised when the rule's behaviour changes; kept in certificates.
         tolerance: for lossy rules, the largest relative RMS error.
         near: fraction of the pattern that must match before a miss is worth reporting.
+        folds: operators on constants that the rewrite builds become constants at once.
     """
 
     pattern: ClassVar[Any] = ()
@@ -88,6 +89,7 @@ class Rule:
     version: ClassVar[int] = 1
     tolerance: ClassVar[float] = 0.0
     near: ClassVar[float] = 0.6
+    folds: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -20,10 +20,14 @@ RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 class Identity(Rule):
-    """A rule that keeps every bit and always pays; it stays silent where `applies` is false."""
+    """A rule that keeps every bit and always pays; it stays silent where `applies` is false.
+
+    Views of weights stay views: another spelling must not become a second copy.
+    """
 
     numeric = Numeric.BITWISE
     profit = Profit.ALWAYS
+    folds = False
 
     def applies(self, match: Match) -> bool:  # noqa: ARG002
         """Whether the identity holds for this match."""

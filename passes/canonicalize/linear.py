@@ -65,6 +65,7 @@ class PlainWeight(WeightRule):
     """
 
     numeric = Numeric.REASSOCIATED
+    folds = True
     pattern = _product(_MATRIX)
 
     def check(self, match: Match) -> Refusal | None:
