@@ -1,0 +1,149 @@
+"""Optimize every model of the zoo as a user would, and write what happened as a page.
+
+    PYTHONPATH=tests python -m models.sweep [--page docs/architectures.md] [NAME_OR_FAMILY ...]
+
+Without names the whole zoo runs, for an hour or so, and the page is written. Exits with 1 where an
+optimized model differs from its original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from models import cnn, huggingface, sweep_page
+from models.entry import Axes, Entry
+from models.inventory import samples
+from models.sweep_check import Row, Trial, run
+
+Job = tuple[str, str, bool]
+ZOO = {"cnn": cnn.ENTRIES, **{e.family: huggingface.ENTRIES for e in huggingface.ENTRIES.values()}}
+
+
+def check(entry: Entry, training: bool) -> Row:
+    """The row of one model: with all its axes dynamic, or with as many as graphopt accepts."""
+    row = Row(entry.name, entry.family, "train" if training else "eval")
+    axes = {**entry.dynamic_axes, **(entry.label_axes if training else {})}
+    for kept in _fewer(sorted(_names(axes))):
+        tried = run(_trial(entry, training, axes, set(kept)))
+        if not row.cause:
+            row.cause = tried.cause
+        if tried.captured:
+            return tried.named(row, kept)
+    return row
+
+
+def _trial(entry: Entry, training: bool, axes: Axes, kept: set[str]) -> Trial:
+    def inputs(example: dict[str, object]) -> dict[str, object]:
+        label = entry.label if training else None
+        return example | label(example) if label else example
+
+    given = inputs(entry.inputs())
+    shapes = {key: _only(axes[key], kept) for key in given if key in axes}
+    sizes = []
+    if kept == _names(axes):
+        sizes.append(("another size", lambda: inputs(entry.unseen())))
+    if "batch" in kept:
+        sizes.append(("batch 1", lambda: inputs(entry.inputs(batch=1))))
+
+    def model() -> torch.nn.Module:
+        return entry.build().train(training)
+
+    return Trial(model, (), given, shapes or None, sizes, training)
+
+
+def _names(spec: object) -> set[str]:
+    if isinstance(spec, str):
+        return {spec}
+    parts = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
+    return set().union(*map(_names, parts))
+
+
+def _only(spec: object, kept: set[str]) -> object:
+    """The same axes, less those that are not ``kept``."""
+    if isinstance(spec, list):
+        return [_only(part, kept) for part in spec]
+    if isinstance(spec, dict):
+        return {k: _only(v, kept) for k, v in spec.items() if not isinstance(v, str) or v in kept}
+    return spec
+
+
+def _fewer(names: list[str]) -> Iterator[tuple[str, ...]]:
+    """All names, then one less, and so on to none."""
+    for size in range(len(names), -1, -1):
+        yield from combinations(names, size)
+
+
+def check_module(name: str, training: bool) -> list[Row]:
+    """Rows of torch's own samples of one module."""
+    mode = "train" if training else "eval"
+    rows = []
+    for sample in samples(2):
+        if sample.name.startswith(f"{name}[{mode},"):
+            build = functools.partial(copy.deepcopy, sample.module)
+            tried = run(Trial(build, sample.args, sample.kwargs, None, [], training))
+            row = Row(sample.name, "module", mode)
+            rows.append(tried.named(row, ()) if tried.captured else row.because(tried.cause))
+    return rows
+
+
+def _job(job: Job) -> list[Row]:
+    family, name, training = job
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if family == "module":
+        return check_module(name, training)
+    return [check(ZOO[family][name], training)]
+
+
+def jobs(wanted: list[str]) -> Iterator[Job]:
+    """Names with their modes; with names or families given, only those."""
+    entries = [*huggingface.ENTRIES.values(), *cnn.ENTRIES.values()]
+    modules = dict.fromkeys(sample.name.partition("[")[0] for sample in samples(1))
+    every = [(e.family, e.name) for e in entries] + [("module", name) for name in modules]
+    for family, name in every:
+        if not wanted or {name, family} & set(wanted):
+            yield family, name, False
+            yield family, name, True
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="models, families, or modules such as nn.Linear")
+    parser.add_argument("--page", type=Path, help="the Markdown page to write")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args(arguments)
+    todo = list(jobs(given.names))
+    rows = list(_rows(todo, given.workers, lambda row: print(row.line(), flush=True)))
+    if given.page is not None:
+        given.page.write_text(sweep_page.page(rows))
+    wrong = [f"{row.name} ({row.mode})" for row in rows if row.wrong]
+    print(f"{len(wrong)} of {len(rows)} differ: {', '.join(wrong) or 'none'}")
+    return int(bool(wrong))
+
+
+def _rows(todo: list[Job], workers: int, show: Callable[[Row], None]) -> Iterator[Row]:
+    """Rows in the order of ``todo``; processes are renewed, so that none grows for long."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=12) as pool:
+        for rows in pool.map(_job, todo):
+            for row in rows:
+                show(row)
+                yield row
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
