@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from graphopt.capture import capture
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError, VerificationError
 from graphopt.presets import Recipe
-from graphopt.program import Program
+from graphopt.program import OutputKind, Program
 from graphopt.recipe import Options, rewrite_program
 from graphopt.report.model import Certificate, Report
 from graphopt.verify.replay import SEED
@@ -108,7 +109,17 @@ def capture_model(
     """Capture a module, and run it once: the program and the module's own flat outputs."""
     args = (args,) if isinstance(args, Tensor) else tuple(args or ())
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return program, _eager_outputs(model, args, dict(kwargs or {}))
+    kwargs = dict(kwargs or {})
+    if any(o.kind is OutputKind.INPUT_MUTATION for o in program.outputs):
+        args, kwargs = _copied((args, kwargs))
+    return program, _eager_outputs(model, args, kwargs)
+
+
+def _copied(call: Any) -> Any:
+    """The arguments for a model that writes into them; what shared memory still does."""
+    memo: dict[int, Any] = {}
+    copy = lambda value: deepcopy(value.detach(), memo)  # noqa: E731
+    return pytree.tree_map_only(Tensor, copy, call)
 
 
 @contextmanager
@@ -124,8 +135,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _eager_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Copies: an output may be a buffer that is put back, or an input."""
     with _untouched(model):
-        return list(pytree.tree_leaves(model(*args, **kwargs)))
+        outputs = pytree.tree_leaves(model(*args, **kwargs))
+        return [o.detach().clone() if isinstance(o, Tensor) else o for o in outputs]
 
 
 def optimize_program(

@@ -65,15 +65,20 @@ class OptimizedModule(nn.Module):
 
     def _finish(self, results: tuple[Any, ...], flat: list[Any]) -> Any:
         """Write updated buffers back, after the graph has run, then rebuild the outputs."""
-        outputs = []
+        outputs: list[Any] = []
+        written: list[tuple[Tensor, Tensor]] = []
         for value, (kind, target) in zip(results, self._graph.outputs, strict=True):
             if kind is OutputKind.USER:
                 outputs.append(value)
             elif kind is OutputKind.BUFFER_MUTATION:
                 _write_buffer(self, target, value)
             else:
+                given = flat[self._graph.positions[target]]
+                written.append((value, given))
                 with torch.no_grad():
-                    flat[self._graph.positions[target]].copy_(value)
+                    given.copy_(value)
+        for value, given in written:
+            outputs = [_in_memory_of(given, value, o) for o in outputs]
         call = self.program.call
         return outputs if call is None else pytree.tree_unflatten(outputs, call.out_spec)
 
@@ -143,3 +148,19 @@ def _write_buffer(root: nn.Module, name: str, value: Tensor) -> None:
     for part in path:
         root = root._modules[part]  # type: ignore[assignment]
     root._buffers[leaf] = value.detach()
+
+
+def _in_memory_of(given: Tensor, value: Tensor, output: Any) -> Any:
+    """The output as a view of an input, where it views the value that was written into it."""
+    if output is value:
+        return given
+    if not isinstance(output, Tensor) or output.requires_grad or not _share(output, value):
+        return output
+    if value.stride() != given.stride():
+        return output
+    start = given.storage_offset() + output.storage_offset() - value.storage_offset()
+    return given.as_strided(output.shape, output.stride(), start)
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
