@@ -18,6 +18,7 @@ from graphopt.presets import Recipe
 from graphopt.program import OutputKind, Program
 from graphopt.recipe import Options, rewrite_program
 from graphopt.report.model import Certificate, Report
+from graphopt.verify.measure import equal_bits
 from graphopt.verify.replay import SEED
 
 TARGETS = ("torch", "inductor")
@@ -125,13 +126,18 @@ def _copied(call: Any) -> Any:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Run a model once and put its buffers and the random state back."""
-    saved = {name: b.detach().clone() for name, b in model.named_buffers()}
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(SEED)
         yield
-        for name, buffer in model.named_buffers():
-            if name in saved and saved[name].shape == buffer.shape:
-                buffer.copy_(saved[name])
+        for module, name, buffer, value in saved:
+            module._buffers[name] = buffer
+            if not equal_bits(buffer, value):
+                buffer.copy_(value)
 
 
 def _eager_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

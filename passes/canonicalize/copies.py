@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.aliases import is_view
+from graphopt.analysis.aliases import is_returned, is_view
 from graphopt.errors import IllegalRewriteError
 from graphopt.passes.canonicalize.identity import (
     RESHAPES,
@@ -19,7 +19,7 @@ from graphopt.passes.canonicalize.identity import (
     same_value,
 )
 from graphopt.program import val
-from graphopt.rewrite import Builder, Example, Match, arguments, either, op
+from graphopt.rewrite import Builder, Example, Match, Refusal, arguments, either, op
 from graphopt.rewrite.builder import infer, program_fake_mode
 from graphopt.rewrite.match import same_literal
 from graphopt.rewrite.stride import same_layout
@@ -165,6 +165,12 @@ class ReadOfWrite(CopyFree):
     def applies(self, match: Match) -> bool:
         return _same_place(match.root, match["inner"])
 
+    def check(self, match: Match) -> Refusal | None:
+        if is_returned(match.root) and is_returned(match["inner"]):
+            reason = "the part is returned as a view of the whole, which is returned too"
+            return Refusal(reason, match.root)
+        return super().check(match)
+
     def rewrite(self, match: Match, build: Builder) -> Any:  # noqa: ARG002
         return match["x"]
 
@@ -175,6 +181,11 @@ class ReadOfWrite(CopyFree):
     def near_misses(self) -> Iterable[Example]:
         yield case("another place", lambda x: _written(x, slice(1, 3))[:, 2:4] + 1)
         yield case("another index", lambda x: _written(x, 2)[:, 3] + 1)
+        yield case(
+            "returned beside the whole",
+            lambda x: (y := _written(x, 2), y[:, 2]),
+            reason="as a view of the whole",
+        )
 
 
 def _promises_layout(copy: fx.Node) -> bool:

@@ -169,7 +169,7 @@ class TimesOne(CopyFree):
     )
 
     def applies(self, match: Match) -> bool:
-        return same_value(match.root, match["x"])
+        return same_value(match.root, match["x"]) and not match.val("x").is_complex()
 
     def rewrite(self, match: Match, build: Builder) -> Any:  # noqa: ARG002
         return match["x"]
@@ -183,6 +183,7 @@ class TimesOne(CopyFree):
 
     def near_misses(self) -> Iterable[Example]:
         yield case("becomes floating", lambda x: x * 1.0, torch.arange(3))
+        yield case("complex", lambda x: (x * 1).sin(), torch.tensor([complex(-0.0, -1.0)]))
         yield case("nearly one", lambda x: x * 1.0000001)
         yield case("broadcast", lambda x: x * torch.ones(1), (2, 1))
         yield case("returned", lambda x: x * 1, reason="model's own")
@@ -194,7 +195,7 @@ class PlusNothing(CopyFree):
     pattern = op((aten.add.Tensor, aten.sub.Tensor), "x", _ZERO)
 
     def applies(self, match: Match) -> bool:
-        return same_value(match.root, match["x"])
+        return same_value(match.root, match["x"]) and not match.val("x").is_complex()
 
     def check(self, match: Match) -> Refusal | None:
         negative = math.copysign(1.0, match["c"]) < 0
@@ -215,4 +216,5 @@ class PlusNothing(CopyFree):
         yield case("plus zero", lambda x: (x + 0).sin(), torch.tensor([-0.0]), reason="-0.0")
         yield case("minus minus zero", lambda x: (x - -0.0).sin(), reason="-0.0")
         yield case("becomes floating", lambda x: x + 0.0, torch.arange(3))
+        yield case("complex", lambda x: (x + 0).sin(), torch.tensor([complex(-0.0, -0.0)]))
         yield case("returned", lambda x: x + 0, torch.arange(3), reason="model's own")
