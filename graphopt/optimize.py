@@ -110,10 +110,10 @@ def capture_model(
     """Capture a module, and run it once: the program and the module's own flat outputs."""
     args = (args,) if isinstance(args, Tensor) else tuple(args or ())
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    kwargs = dict(kwargs or {})
+    call = (args, dict(kwargs or {}))
     if any(o.kind is OutputKind.INPUT_MUTATION for o in program.outputs):
-        args, kwargs = _copied((args, kwargs))
-    return program, _eager_outputs(model, args, kwargs)
+        call = _copied(call)
+    return program, _eager_outputs(model, *call)
 
 
 def _copied(call: Any) -> Any:
