@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import VerificationError
-from graphopt.program import Program
+from graphopt.program import Program, is_random
 from graphopt.rewrite.rule import Numeric
-from graphopt.verify.measure import Measure, compare, worst
-from graphopt.verify.whole import run_program
+from graphopt.verify.inputs import fresh_inputs, unseen_sizes
+from graphopt.verify.measure import Measure, worst
+from graphopt.verify.whole import compare_outcomes, run_program
 
 if TYPE_CHECKING:
     from graphopt.recipe import Options
 
+Lower = Callable[[fx.GraphModule], Callable[..., Any]]
+
 
 def to_inductor(module: OptimizedModule, original: Program, options: Options) -> None:
-    """Compile the module's graph with Inductor; keep it only if its outputs hold to float64."""
+    """Compile the module's graph with Inductor; keep it only if it holds to float64.
+
+    Outputs are checked on the captured and on unseen sizes, with gradients where the model trains.
+    Inductor draws dropout masks in its own order, so a graph with dropout is compiled once more
+    with the probability at 0, and that is what is checked.
+
+    Raises:
+        VerificationError: with ``strict``, where Inductor's code is wrong or cannot be made.
+    """
     plain = module._graph.code
     options.progress("inductor")
     dynamic = True if original.range_constraints else None
-    module._graph.code = torch.compile(plain, dynamic=dynamic, fullgraph=True)
-    found = _check(module, original)
-    if found.ok:
+    compile_graph = partial(torch.compile, dynamic=dynamic, fullgraph=True)
+    module._graph.code = compile_graph(plain)
+    drawn = any(map(is_random, module.program.graph.nodes))
+    why = _fault(module, original, compile_graph if drawn else lambda _graph: module._graph.code)
+    if why is None:
         return
     module._graph.code = plain
-    message = f"Inductor's code for {original.name} is wrong: {found.note}, error {found.rms:.2g}"
+    message = f"Inductor's code for {original.name} {why}"
     if options.strict:
         raise VerificationError(message, fix="use target='torch'")
     module.report.notes.append(f"{message}; the torch target was kept")
 
 
-def _check(module: OptimizedModule, original: Program) -> Measure:
-    inputs = list(original.example_inputs)
-    old = run_program(original, inputs, wide=False, grad=False)
-    exact = run_program(original, inputs, wide=True, grad=False)
-    with torch.no_grad():
-        new = module._graph(*module._arguments(inputs))
-    rows = [
-        compare(o, n, e, Numeric.REASSOCIATED)
-        for o, n, e in zip(old.outputs, new, exact.outputs, strict=True)
-    ]
-    return worst(rows)
+def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | None:
+    """What is wrong with the compiled graph, in words; ``None`` where nothing is."""
+    sets = [list(original.example_inputs)]
+    if original.range_constraints:
+        sets.append(fresh_inputs(original, unseen_sizes(original)))
+    try:
+        found = [_measure(module.program, original, inputs, lower) for inputs in sets]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return f"cannot be made: {str(error).strip().splitlines()[0]}"
+    off = next((m for m in found if not m.ok), None)
+    return None if off is None else f"is wrong: {off.note}, error {off.rms:.2g}"
+
+
+def _measure(program: Program, original: Program, inputs: Sequence[Any], lower: Lower) -> Measure:
+    grad = not original.frozen
+    old = run_program(original, inputs, wide=False, grad=grad)
+    exact = run_program(original, inputs, wide=True, grad=grad)
+    new = run_program(program, inputs, wide=False, grad=grad, lower=lower)
+    outputs, gradients = compare_outcomes(old, new, exact, Numeric.REASSOCIATED)
+    return worst([outputs] if gradients is None else [outputs, gradients])

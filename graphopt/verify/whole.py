@@ -29,8 +29,15 @@ class Outcome:
 Run = Callable[[Sequence[Any]], Outcome]
 
 
-def run_program(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bool) -> Outcome:
-    """Execute with dropout off; in float64 throughout where ``wide``.
+def run_program(
+    program: Program,
+    inputs: Sequence[Any],
+    *,
+    wide: bool,
+    grad: bool,
+    lower: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
+) -> Outcome:
+    """Execute with dropout off; in float64 throughout where ``wide``, through ``lower`` if given.
 
     Gradients are of the sum of all floating outputs times a fixed random cotangent, with respect to
     every parameter (by its name) and every floating user input (by its placeholder's name).
@@ -43,7 +50,7 @@ def run_program(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bo
     dtypes = float64_by_default() if wide else nullcontext()
     with dtypes, torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        outputs = tuple(fx.Interpreter(module).run(*flat))
+        outputs = tuple((lower(module) if lower else fx.Interpreter(module).run)(*flat))
         gradients = _backward(program, leaves, outputs) if grad else {}
     plain = tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
     return Outcome(plain, gradients)

@@ -1,0 +1,104 @@
+"""Inductor as the next stage: kept where it is right, put back where it is not."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule as Compiled
+
+import graphopt
+from graphopt.errors import VerificationError
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+
+
+class Model(nn.Module):
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.enter, self.leave, self.drop = nn.Linear(8, 12), nn.Linear(12, 3), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.drop(torch.tanh(self.enter(x)))).softmax(-1)
+
+
+def _inductor(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    return graphopt.compile(model, example_inputs=(x,), target="inductor", measure=False, **options)
+
+
+def test_runs_through_inductor_at_other_sizes() -> None:
+    model = Model().eval()
+    fast = _inductor(model, torch.randn(4, 8), dynamic_shapes=({0: "batch"},))
+    assert isinstance(fast._graph.code, Compiled)
+    assert not any("Inductor" in note for note in fast.report.notes)
+    for batch in (4, 7):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_trains_through_inductor(drop: float) -> None:
+    model, x = Model(drop).train(), torch.randn(64, 8)
+    fast = _inductor(model, x)
+    assert isinstance(fast._graph.code, Compiled)
+    out = fast(x)
+    out[:, 0].sum().backward()
+    gradient = model.enter.weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+    if drop == 0:
+        taken, model.enter.weight.grad = gradient.clone(), None
+        model(x)[:, 0].sum().backward()
+        torch.testing.assert_close(taken, model.enter.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+class StandIn(nn.Module):
+    """What `torch.compile` gives, with values and gradients off by factors."""
+
+    def __init__(self, graph: nn.Module, forward: float, backward: float) -> None:
+        super().__init__()
+        self.graph, self.factors = graph, (forward, backward)
+
+    def forward(self, *flat: Any) -> Any:
+        return tuple(_Scaled.apply(value, *self.factors) for value in self.graph(*flat))
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.factor = backward
+        return x * forward
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * ctx.factor, None, None
+
+
+class Failing(nn.Module):
+    def forward(self, *_flat: Any) -> Any:
+        raise torch._dynamo.exc.InternalTorchDynamoError("no such luck")
+
+
+@pytest.mark.parametrize(
+    ("training", "forward", "backward"), [(False, 1.01, 1.0), (True, 1.01, 1.0), (True, 1.0, 1.01)]
+)
+def test_wrong_code_is_put_back(
+    monkeypatch: pytest.MonkeyPatch, training: bool, forward: float, backward: float
+) -> None:
+    model, x = Model().train(training), torch.randn(4, 8)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: StandIn(graph, forward, backward))
+    fast = _inductor(model, x)
+    assert any("is wrong" in note and "torch target was kept" in note for note in fast.report.notes)
+    torch.testing.assert_close(fast(x), model(x))
+    with pytest.raises(VerificationError, match="Inductor's code for Model is wrong"):
+        _inductor(model, x, strict=True)
+
+
+def test_code_that_cannot_be_made_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Model().eval(), torch.randn(4, 8)
+    monkeypatch.setattr(torch, "compile", lambda _graph, **_: Failing())
+    fast = _inductor(model, x)
+    assert any("cannot be made: no such luck" in note for note in fast.report.notes)
+    torch.testing.assert_close(fast(x), model(x))
