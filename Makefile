@@ -48,8 +48,9 @@ coverage: $(READY)  ## tests with coverage of graphopt/ and passes/
 bench: $(READY)  ## benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks
 
-sweep: $(READY)  ## the tests that are too long for every day
+sweep: $(READY)  ## the tests that are too long for every day; writes docs/architectures.md
 	$(BIN)/python -m pytest -m sweep tests
+	PYTHONPATH=tests $(BIN)/python -m models.sweep --page docs/architectures.md
 
 wheel: $(READY)  ## sdist and wheel in dist/
 	$(BIN)/python -m build

@@ -31,6 +31,7 @@ from graphopt.capture_errors import (
 )
 from graphopt.capture_exported import from_exported
 from graphopt.capture_limits import fixed_axes, settle, watching_constants
+from graphopt.capture_ones import eager, settle_ones
 from graphopt.capture_specs import declared_axes
 from graphopt.capture_watch import Watch, watched
 from graphopt.errors import CaptureError
@@ -56,6 +57,9 @@ def capture(
         specialize: what happens to an axis declared dynamic that the model turns into a constant:
             ``"refuse"`` raises, ``"allow"`` keeps it constant and says so in ``program.notes``.
 
+    Where a dynamic axis may have size 1, the model is run there and compared with the graph; a size
+    at which they differ becomes an assumption that calls must meet.
+
     Raises:
         CaptureError: with one cause at the user's source line and what to change.
     """
@@ -72,6 +76,7 @@ def capture(
     program.notes[:0] = [*notes, *example.notes]
     program.call = call_spec(example, program)
     _settle_axes(program, example, axes, specialize)
+    settle_ones(program, eager(example))
     return program
 
 

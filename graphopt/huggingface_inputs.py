@@ -64,6 +64,9 @@ def _text(model: nn.Module, names: set[str], tokenizer: Callable[..., Any] | Non
             | {"decoder_input_ids": {0: "batch", 1: "target_seq"}},
         )
     dynamic = {k: dict(axes) for k in kwargs}
+    if hasattr(model, "logit_scale") and "pixel_values" in names:  # image and text, contrasted
+        image = _image(config)
+        return Inputs(kwargs | image.kwargs, dynamic | {"pixel_values": {0: "images"}})
     if "use_cache" in names and getattr(config, "use_cache", False):
         kwargs["use_cache"] = False
     return Inputs(kwargs, dynamic)
@@ -92,6 +95,9 @@ def _image(config: Any) -> Inputs:
 
 def _audio(config: Any, main: str) -> Inputs:
     generator = torch.Generator().manual_seed(SEED)
+    if main == "input_values" and hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):
+        values = torch.randn(BATCH, config.max_length, config.num_mel_bins, generator=generator)
+        return Inputs({main: values}, {main: {0: "batch"}})
     if main == "input_values":
         values = torch.randn(BATCH, 16_000 * SECONDS, generator=generator)
         return Inputs({main: values}, {main: {0: "batch"}})

@@ -42,7 +42,9 @@ def compile(
 ) -> Any:
     """Optimize a model; returns an ``nn.Module`` that is called like the original.
 
-    With ``example_inputs`` or ``example_kwargs`` the whole graph is captured ahead of time.
+    With ``example_inputs`` or ``example_kwargs`` the whole graph is captured ahead of time. In eval
+    mode weights may be folded into others; a later write in place to one of those is an error at
+    the next call. All other tensors are shared with the original.
     Without, the model is compiled through Dynamo as it is called, so graph breaks, training loops
     and ``generate()`` keep working.
 
@@ -107,20 +109,47 @@ def capture_model(
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
 ) -> tuple[Program, list[Any]]:
-    """Capture a module, and run it once: the program and the module's own flat outputs."""
+    """Capture a module, and run it once: the program and what the module's own run gave.
+
+    That is the values of the program's outputs, what is written into inputs and buffers included.
+    """
     args = (args,) if isinstance(args, Tensor) else tuple(args or ())
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    call = (args, dict(kwargs or {}))
+    call, copies = (args, dict(kwargs or {})), {}
     if any(o.kind is OutputKind.INPUT_MUTATION for o in program.outputs):
-        call = _copied(call)
-    return program, _eager_outputs(model, *call)
+        call, copies = _copied(call)
+    with _untouched(model):
+        outputs = pytree.tree_leaves(model(*call[0], **call[1]))
+        values = [*_written(program, model, copies), *outputs]
+        return program, [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
 
 
-def _copied(call: Any) -> Any:
-    """The arguments for a model that writes into them; what shared memory still does."""
+def _copied(call: Any) -> tuple[Any, dict[int, Tensor]]:
+    """Arguments for a model that writes into them, and the copies by the originals' ids.
+
+    Tensors that shared memory still do.
+    """
     memo: dict[int, Any] = {}
-    copy = lambda value: deepcopy(value.detach(), memo)  # noqa: E731
-    return pytree.tree_map_only(Tensor, copy, call)
+    copies = {id(t): t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)}
+    copies = {key: deepcopy(t.detach(), memo) for key, t in copies.items()}
+    return pytree.tree_map_only(Tensor, lambda t: copies[id(t)], call), copies
+
+
+def _written(program: Program, model: nn.Module, copies: Mapping[int, Tensor]) -> list[Tensor]:
+    """What a run left in buffers and inputs, in the order of the program's outputs.
+
+    Empty where the program's inputs are not the caller's own tensors.
+    """
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    given = {n.name: v for n, v in zip(program.user_inputs(), program.example_inputs, strict=True)}
+    found = []
+    for output in program.outputs:
+        if output.kind is OutputKind.BUFFER_MUTATION:
+            found.append(buffers.get(output.target or ""))
+        elif output.kind is OutputKind.INPUT_MUTATION:
+            found.append(copies.get(id(given.get(output.target or ""))))
+    known = [v for v in found if v is not None]
+    return known if len(known) == len(found) else []
 
 
 @contextmanager
@@ -138,13 +167,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
             if not equal_bits(buffer, value):
                 buffer.copy_(value)
-
-
-def _eager_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Copies: an output may be a buffer that is put back, or an input."""
-    with _untouched(model):
-        outputs = pytree.tree_leaves(model(*args, **kwargs))
-        return [o.detach().clone() if isinstance(o, Tensor) else o for o in outputs]
 
 
 def optimize_program(
@@ -169,7 +191,7 @@ def optimize_program(
             fix="keep the original; `passes` can leave out the pass named in the report",
         )
     options.progress("emit")
-    module = OptimizedModule(optimized, report)
+    module = OptimizedModule(optimized, report, program)
     if options.target == "inductor":
         from graphopt.emit.inductor import to_inductor
 

@@ -13,7 +13,7 @@ from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSumma
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
-from graphopt.verify.inputs import fresh_inputs, unseen_sizes
+from graphopt.verify.inputs import fresh_inputs, sizes_of_one, symbols_of, unseen_sizes
 from graphopt.verify.replay import Replay, Verdict
 from graphopt.verify.timing import Stopwatch, pays
 from graphopt.verify.whole import compare_outcomes, hash_inputs, run_program
@@ -43,9 +43,11 @@ class Context:
 
     @classmethod
     def of(cls, program: Program, **options: Any) -> Context:
-        """Inputs as captured, fresh values, and sizes that were not seen at capture."""
-        captured = list(program.example_inputs)
-        inputs = [captured, fresh_inputs(program, unseen_sizes(program))]
+        """Inputs as captured, fresh values at sizes not seen at capture, and at sizes of 1."""
+        captured, known = list(program.example_inputs), symbols_of(program)
+        ones = [sizes for sizes in sizes_of_one(program) if sizes != known]
+        fresh = [fresh_inputs(program, sizes) for sizes in (unseen_sizes(program), *ones)]
+        inputs = [captured, *fresh]
         context = cls(inputs, **options)
         if context.measure:
             context.stopwatch = Stopwatch(train=not program.frozen)

@@ -89,10 +89,12 @@ class Assumption:
     Attributes:
         text: a Python expression over the symbols of the placeholders' shapes.
         where: the user's ``file:line`` that branches on it, where one is known.
+        reason: what was seen where it does not hold, as a sentence, where that was tried.
     """
 
     text: str
     where: str | None = None
+    reason: str | None = None
 
 
 @dataclass

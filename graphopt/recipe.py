@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graphopt.pipeline import Context, certify, run_passes
 from graphopt.presets import Recipe, resolve, to_recipe
@@ -20,7 +20,7 @@ from graphopt.report.model import Certificate, Report
 from graphopt.report.views import node_views
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Numeric
-from graphopt.verify.measure import compare, worst
+from graphopt.verify.measure import compare, kernel_tolerance, worst
 from graphopt.verify.replay import SEED
 from graphopt.verify.whole import hash_inputs
 
@@ -97,18 +97,12 @@ def _certify_capture(program: Program, eager: list[Any] | None, report: Report) 
         torch.manual_seed(SEED)
         results = program.run(program.example_inputs)[-len(eager) or len(program.outputs) :]
     rows = [
-        compare(e, r, e, Numeric.LOSSY, tolerance=_capture_tolerance(e))
+        compare(e, r, e, Numeric.LOSSY, tolerance=kernel_tolerance(e))
         for e, r in zip(eager, results, strict=True)
     ]
     found = worst(rows)
     report.whole.append(_capture_certificate(found, program))
     return found.ok
-
-
-def _capture_tolerance(value: Any) -> float:
-    """A captured graph runs the same kernels; only their choice may differ with strides."""
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return 64 * torch.finfo(value.dtype).eps if floating else 0.0
 
 
 def _capture_certificate(found: Any, program: Program) -> Certificate:

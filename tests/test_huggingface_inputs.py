@@ -21,6 +21,15 @@ from graphopt.huggingface_inputs import SENTENCES, huggingface_inputs, tokenizer
         ("bert", {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "seq"}}),
         ("vit", {"pixel_values": {0: "batch"}}),
         ("wav2vec2", {"input_values": {0: "batch"}}),
+        ("ast", {"input_values": {0: "batch"}}),
+        (
+            "clip",
+            {
+                "input_ids": {0: "batch", 1: "seq"},
+                "attention_mask": {0: "batch", 1: "seq"},
+                "pixel_values": {0: "images"},
+            },
+        ),
         ("whisper", {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch"}}),
         (
             "t5",

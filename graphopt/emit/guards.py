@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,29 +13,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from graphopt.conditions import compiled, condition
 from graphopt.emit.binding import CallBinder
 from graphopt.errors import GraphoptError
 from graphopt.program import Program, val
 
-__all__ = ["CallBinder", "InputGuard"]
-
-_FUNCTIONS = {"max": max, "min": min, "abs": abs, "math": math}
-_ALLOWED = (
-    ast.Expression,
-    ast.Compare,
-    ast.cmpop,
-    ast.BoolOp,
-    ast.boolop,
-    ast.BinOp,
-    ast.operator,
-    ast.UnaryOp,
-    ast.unaryop,
-    ast.Call,
-    ast.Name,
-    ast.Attribute,
-    ast.expr_context,
-    ast.Constant,
-)
+__all__ = ["CallBinder", "InputGuard", "compiled"]
+_ELSEWHERE = "capture with an example that has these sizes"
+_AT_ONE = f"{_ELSEWHERE}, and leave their axes out of dynamic_shapes"
 
 
 @dataclass
@@ -89,8 +73,8 @@ class InputGuard:
             (str(s), *_bounds(r)) for s, r in program.range_constraints.items() if str(s) in known
         ]
         self.symbols = sorted(known)
-        self.assumptions = [(a, compiled(a.text, self.symbols)) for a in program.assumptions]
-        self._all = compiled(
+        self.assumptions = [(a, condition(a.text, self.symbols)) for a in program.assumptions]
+        self._all = condition(
             " and ".join(f"({a.text})" for a, _ in self.assumptions) or "True", self.symbols
         )
 
@@ -189,9 +173,9 @@ class InputGuard:
                 given = ", ".join(f"{self._shown(s)} = {n}" for s, n in sizes.items())
                 raise GraphoptError(
                     f"{self.name} was captured for sizes with {self._shown(assumption.text)}, "
-                    f"but {given}",
+                    f"but {given}{f': {assumption.reason}' if assumption.reason else ''}",
                     where=assumption.where,
-                    fix="capture with an example that has these sizes",
+                    fix=_AT_ONE if assumption.reason else _ELSEWHERE,
                 )
 
     def _axis(self, symbol: str) -> str:
@@ -204,28 +188,6 @@ class InputGuard:
 
     def _error(self, what: str, fix: str | None = None) -> GraphoptError:
         return GraphoptError(what, where=f"call of {self.name}", fix=fix)
-
-
-def compiled(text: str, names: Sequence[str]) -> Callable[..., Any]:
-    """``lambda *, names: text`` for arithmetic and comparisons over ``names`` only.
-
-    Raises:
-        GraphoptError: the text holds anything else; conditions may come from a file.
-    """
-    tree = ast.parse(text, mode="eval")
-    for node in ast.walk(tree):
-        if not isinstance(node, _ALLOWED) or (
-            isinstance(node, ast.Name) and node.id not in (*names, *_FUNCTIONS)
-        ):
-            raise GraphoptError(f"not a condition on sizes: {text}", where=type(node).__name__)
-        if isinstance(node, ast.Attribute) and ast.unparse(node) not in _MATH:
-            raise GraphoptError(f"not a condition on sizes: {text}", where=node.attr)
-    parameters = f"*, {', '.join(names)}" if names else ""
-    code = compile(f"lambda {parameters}: {ast.unparse(tree)}", "<condition>", "eval")
-    return eval(code, {"__builtins__": {}, **_FUNCTIONS})  # type: ignore[no-any-return]
-
-
-_MATH = {f"math.{name}" for name in ("floor", "ceil", "inf", "sqrt", "trunc")}
 
 
 def _labels(program: Program) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.emit.folded import FoldedWeights
 from graphopt.emit.guards import CallBinder, InputGuard
 from graphopt.program import InputKind, OutputKind, Program
 from graphopt.report.model import Report
+
+_FOLDED = re.compile(r"_folded(_\d+)?$")
 
 
 class OptimizedModule(nn.Module):
@@ -19,7 +23,12 @@ class OptimizedModule(nn.Module):
 
     State stands in the original hierarchy, so ``state_dict`` keys are those of the original where
     a tensor was not rewritten. A tensor that was folded has a name of its own, so that loading an
-    original checkpoint into a folded model fails instead of undoing the fold.
+    original checkpoint into a folded model fails instead of undoing the fold. A call after the
+    original's own tensor was written in place fails too, where that tensor was folded; where it was
+    not, both modules hold it and both see the write.
+
+    Args:
+        original: the program before it was rewritten.
 
     Attributes:
         program: the rewritten program.
@@ -29,7 +38,7 @@ class OptimizedModule(nn.Module):
     program: Program
     report: Report
 
-    def __init__(self, program: Program, report: Report) -> None:
+    def __init__(self, program: Program, report: Report, original: Program | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "program", program)
         object.__setattr__(self, "report", report)
@@ -38,6 +47,7 @@ class OptimizedModule(nn.Module):
         self._graph = _Graph(program)
         self._binder = CallBinder(program)
         self._guard = InputGuard(program)
+        self._folded = FoldedWeights(original, program)
 
     def _register_state(self, program: Program) -> None:
         kinds = {e.target: e for e in program.inputs.values() if e.target is not None}
@@ -49,13 +59,14 @@ class OptimizedModule(nn.Module):
                 holder.register_parameter(leaf, tensor)
             else:
                 kept = entry is None or (entry.kind is not InputKind.CONSTANT and entry.persistent)
-                made = name.endswith("_folded")
+                made = _FOLDED.search(name) is not None
                 holder.register_buffer(leaf, tensor, persistent=kept or made)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call as the captured module was called."""
         flat = self._binder(args, kwargs)
         self._guard(flat)
+        self._folded()
         results = self._graph(*self._arguments(flat))
         return self._finish(results, flat)
 

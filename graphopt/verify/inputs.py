@@ -9,9 +9,13 @@ import sympy
 import torch
 from torch import Tensor
 
+from graphopt.conditions import condition
 from graphopt.program import Program, val
 
 SEED = 7041
+
+FEW = 3
+"""Size of the other axes where one is tried at 1."""
 
 
 def symbols_of(program: Program) -> dict[sympy.Symbol, int]:
@@ -75,17 +79,51 @@ def _extent(extent: Any, sizes: Mapping[Any, int]) -> int:
     return int(extent) if expression is None else int(expression.subs(sizes))
 
 
-def unseen_sizes(program: Program) -> dict[sympy.Symbol, int]:
-    """One size per symbol that differs from the captured one and respects the declared range."""
-    chosen = {}
-    for symbol, size in symbols_of(program).items():
+def accepts(program: Program, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    """Whether sizes lie in the program's ranges and meet its assumptions."""
+    for symbol, size in sizes.items():
         allowed = program.range_constraints.get(symbol)
-        for candidate in (size + 3, size + 1, size - 1):
-            if candidate >= 2 and (allowed is None or _within(candidate, allowed)):
+        if allowed is not None and not allowed.lower <= size <= allowed.upper:
+            return False
+    values = {str(symbol): size for symbol, size in sizes.items()}
+    return all(condition(a.text, sorted(values))(**values) for a in program.assumptions)
+
+
+def unseen_sizes(program: Program) -> dict[sympy.Symbol, int]:
+    """One size of at least 2 per symbol that differs from the captured one, where one is allowed.
+
+    A symbol is left out where the program's ranges and assumptions allow none of those tried.
+    """
+    known = symbols_of(program)
+    chosen: dict[sympy.Symbol, int] = {}
+    for symbol, size in known.items():
+        for candidate in (size + 1, size + 3, size - 1, size + 2, 2 * size):
+            if candidate >= 2 and accepts(program, {**known, **chosen, symbol: candidate}):
                 chosen[symbol] = candidate
                 break
     return chosen
 
 
-def _within(size: int, allowed: Any) -> bool:
-    return bool(allowed.lower <= size <= allowed.upper)
+def sizes_of_one(program: Program) -> list[dict[sympy.Symbol, int]]:
+    """Sizes with 1 in them that a call may have: each symbol alone, then all at once.
+
+    A trace is made with sizes of at least 2, so these are the ones at which its graph may not be
+    the model. The others are small, so that trying costs little. Programs of Dynamo have none: it
+    guards against sizes of 1.
+    """
+    known = symbols_of(program)
+    if program.call is None or not known:
+        return []
+    unseen = unseen_sizes(program)
+    larger = {s: size if size > 1 else unseen.get(s, size) for s, size in known.items()}
+    sets = [_with_one(program, symbol, larger) for symbol in known]
+    sets += [dict.fromkeys(known, 1)] if len(known) > 1 else []
+    return [sizes for sizes in sets if accepts(program, sizes)]
+
+
+def _with_one(
+    program: Program, symbol: sympy.Symbol, larger: Mapping[sympy.Symbol, int]
+) -> dict[sympy.Symbol, int]:
+    """The symbol at 1 and the others at `FEW`, or as given where that is not allowed."""
+    small = {**dict.fromkeys(larger, FEW), symbol: 1}
+    return small if accepts(program, small) else {**larger, symbol: 1}

@@ -120,6 +120,12 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def kernel_tolerance(value: Any) -> float:
+    """What a captured graph may differ by: the same kernels, chosen by other strides perhaps."""
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return 64 * torch.finfo(value.dtype).eps if floating else 0.0
+
+
 def worst(measures: list[Measure]) -> Measure:
     """The measure to report for several values: a failure if any, else the largest error."""
     if not measures:

@@ -10,15 +10,16 @@ so memory stays near that of one forward pass.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.program import Program, val
+from graphopt.program import Program, is_random, val
 from graphopt.rewrite.driver import Log, Rewrite
 from graphopt.rewrite.rule import Numeric
 from graphopt.rewrite.subgraph import Subgraph, float64_by_default
@@ -181,7 +182,11 @@ def judge(
     """
     numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
     old, _ = _evaluate(rewrite.before, before)
-    new, made = _evaluate(rewrite.after, after)
+    try:
+        new, made = _evaluate(rewrite.after, after)
+    except (RuntimeError, IndexError, ValueError) as error:
+        note = f"the new piece fails: {str(error).splitlines()[0]}"
+        return Verdict(rewrite, Measure(1.0, 1.0, 0.0, 0.0, False, note), runs=1), {}
     exact = old
     if numeric is not Numeric.BITWISE:
         with float64_by_default():
@@ -208,7 +213,7 @@ def _judge_gradients(
         return
     if old is None:
         return
-    new = _gradients_or_none(rewrite.after, after, shared)
+    new = _gradients_or_none(rewrite.after, after, shared, old)
     if new is None:
         verdict.gradients = Measure(1.0, 1.0, 0.0, 0.0, False, "the new piece has no gradient")
         return
@@ -222,12 +227,16 @@ def _judge_gradients(
 
 
 def _gradients_or_none(
-    piece: Subgraph, values: Sequence[Any], names: list[str]
+    piece: Subgraph, values: Sequence[Any], names: list[str], old: list[Tensor]
 ) -> list[Tensor] | None:
+    """The new gradients; zeros where the new piece reads nothing that the old ones flow to."""
     try:
-        return _gradients(piece, values, names)
+        found = _gradients(piece, values, names)
     except RuntimeError:
         return None
+    if found is None and not any(bool(g.any()) for g in old):
+        return old
+    return found
 
 
 def _gradients(piece: Subgraph, values: Sequence[Any], names: list[str]) -> list[Tensor] | None:
@@ -251,17 +260,24 @@ def _cotangents(results: Iterable[Tensor]) -> list[Tensor]:
 
 def _evaluate(piece: Subgraph, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Run a piece with dropout off; returns its outputs and every inner value by program name."""
-    runner = _Recorder(fx.GraphModule(piece.root, _without_randomness(piece.graph)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    graph = _without_randomness(piece.graph)
+    runner = _Recorder(piece.root, graph=graph)
+    with _seeded() if any(map(is_random, graph.nodes)) else nullcontext():
         results = runner.run(*values, enable_io_processing=False)
     made = {n: runner.seen.get(inner.name) for n, inner in piece.names.items()}
     return tuple(pytree.tree_leaves(results)), made
 
 
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        yield
+
+
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
         self.seen: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
