@@ -168,7 +168,8 @@ def _in_memory_of(given: Tensor, value: Tensor, output: Any) -> Any:
     if not isinstance(output, Tensor) or output.requires_grad or not _share(output, value):
         return output
     if value.stride() != given.stride():
-        return output
+        whole = (output.shape, output.stride()) == (value.shape, value.stride())
+        return given.view_as(given) if whole else output
     start = given.storage_offset() + output.storage_offset() - value.storage_offset()
     return given.as_strided(output.shape, output.stride(), start)
 

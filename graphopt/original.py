@@ -1,0 +1,79 @@
+"""Running the module that was captured, once, and leaving everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.program import OutputKind, Program
+from graphopt.verify.measure import equal_bits
+from graphopt.verify.replay import SEED
+
+
+def run_original(
+    program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
+    """Values of the program's outputs as the module itself makes them.
+
+    What it writes into inputs and buffers comes first, as in the program; that part is missing
+    where the program's inputs are not the caller's own tensors.
+    """
+    call: Any = (args, kwargs)
+    copies: dict[int, Tensor] = {}
+    if any(o.kind is OutputKind.INPUT_MUTATION for o in program.outputs):
+        call, copies = _copied(call)
+    with _untouched(model):
+        outputs = pytree.tree_leaves(model(*call[0], **call[1]))
+        values = [*_written(program, model, copies), *outputs]
+        return [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+
+
+def _copied(call: Any) -> tuple[Any, dict[int, Tensor]]:
+    """Arguments for a model that writes into them, and the copies by the originals' ids.
+
+    Tensors that shared memory still do.
+    """
+    memo: dict[int, Any] = {}
+    copies = {id(t): t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)}
+    copies = {key: deepcopy(t.detach(), memo) for key, t in copies.items()}
+    return pytree.tree_map_only(Tensor, lambda t: copies[id(t)], call), copies
+
+
+def _written(program: Program, model: nn.Module, copies: Mapping[int, Tensor]) -> list[Tensor]:
+    """What a run left in buffers and inputs, in the order of the program's outputs.
+
+    Empty where the program's inputs are not the caller's own tensors.
+    """
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    given = {n.name: v for n, v in zip(program.user_inputs(), program.example_inputs, strict=True)}
+    found = []
+    for output in program.outputs:
+        if output.kind is OutputKind.BUFFER_MUTATION:
+            found.append(buffers.get(output.target or ""))
+        elif output.kind is OutputKind.INPUT_MUTATION:
+            found.append(copies.get(id(given.get(output.target or ""))))
+    known = [v for v in found if v is not None]
+    return known if len(known) == len(found) else []
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Run a model once and put its buffers and the random state back."""
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(SEED)
+        yield
+        for module, name, buffer, value in saved:
+            module._buffers[name] = buffer
+            if not equal_bits(buffer, value):
+                buffer.copy_(value)
