@@ -12,6 +12,7 @@ from torch.export import Dim
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.emit.module import OptimizedModule
 from graphopt.errors import CaptureError, GraphoptError, VerificationError
 from graphopt.pipeline import Context, certify, run_pass
 from graphopt.program import Assumption, Program
@@ -231,6 +232,6 @@ def test_a_condition_that_cannot_be_computed_does_not_hold() -> None:
     made = program(4, 4, "{a} % ({b} // 2) == 0")
     a, b = made.axis_names
     assert accepts(made, {a: 4, b: 4}) and not accepts(made, {a: 4, b: 1})
-    fast = graphopt.OptimizedModule(made, graphopt.Report("sin"))
+    fast = OptimizedModule(made, graphopt.Report("sin"))
     with pytest.raises(GraphoptError, match="captured for sizes with"):
         fast(torch.randn(4, 1))

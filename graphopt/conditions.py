@@ -1,0 +1,65 @@
+"""Conditions on sizes as text: arithmetic and comparisons, compiled once, nothing else."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from graphopt.errors import GraphoptError
+
+_FUNCTIONS = {"max": max, "min": min, "abs": abs, "math": math}
+_ALLOWED = (
+    ast.Expression,
+    ast.Compare,
+    ast.cmpop,
+    ast.BoolOp,
+    ast.boolop,
+    ast.BinOp,
+    ast.operator,
+    ast.UnaryOp,
+    ast.unaryop,
+    ast.Call,
+    ast.Name,
+    ast.Attribute,
+    ast.expr_context,
+    ast.Constant,
+)
+_MATH = {f"math.{name}" for name in ("floor", "ceil", "inf", "sqrt", "trunc")}
+
+
+def compiled(text: str, names: Sequence[str]) -> Callable[..., Any]:
+    """``lambda *, names: text`` for arithmetic and comparisons over ``names`` only.
+
+    Raises:
+        GraphoptError: the text holds anything else; conditions may come from a file.
+    """
+    tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        if not isinstance(node, _ALLOWED) or (
+            isinstance(node, ast.Name) and node.id not in (*names, *_FUNCTIONS)
+        ):
+            raise GraphoptError(f"not a condition on sizes: {text}", where=type(node).__name__)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) not in _MATH:
+            raise GraphoptError(f"not a condition on sizes: {text}", where=node.attr)
+    parameters = f"*, {', '.join(names)}" if names else ""
+    code = compile(f"lambda {parameters}: {ast.unparse(tree)}", "<condition>", "eval")
+    return eval(code, {"__builtins__": {}, **_FUNCTIONS})  # type: ignore[no-any-return]
+
+
+def condition(text: str, names: Sequence[str]) -> Callable[..., bool]:
+    """The same as a truth value; where it cannot be computed (``n % 0``), it does not hold.
+
+    Raises:
+        GraphoptError: as `compiled`.
+    """
+    evaluate = compiled(text, names)
+
+    def holds(**sizes: int) -> bool:
+        try:
+            return bool(evaluate(**sizes))
+        except ArithmeticError:
+            return False
+
+    return holds
