@@ -44,6 +44,7 @@ class MergeSiblings(Rule):
         return next(filter(None, refusals), None)
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
+        build.on_behalf_of(match.roots)
         parts = [arguments(n) for n in match.nodes]
         widths = [val(p["weight"]).shape[0] for p in parts]
         weight = build(aten.cat.default, [p["weight"] for p in parts], 0)

@@ -7,9 +7,10 @@ at once, in float64, and rounded a single time.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Builder:
         self.folded: dict[fx.Node, Tensor] = {}
         self.substituted: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
         self.fake_mode = program_fake_mode(program)
+        self.module: dict[str, Any] | None = None
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Emit ``target(*args, **kwargs)``; returns a node, or a number where all inputs are."""
@@ -70,6 +72,12 @@ class Builder:
         node.meta["rewritten_by"] = (self.rule,)
         return node
 
+    def on_behalf_of(self, nodes: Sequence[fx.Node]) -> None:
+        """From here on nodes belong to the innermost module that made all of ``nodes``."""
+        stacks = [list((n.meta.get("nn_module_stack") or {}).items()) for n in nodes]
+        levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*stacks, strict=False))
+        self.module = dict(level[0] for level in levels)
+
     def substitute(self, old: fx.Node, new: fx.Node) -> None:
         """Let all readers of ``old`` read ``new`` now: for rewrites whose parts feed each other."""
         readers = old.replace_all_uses_with(new, propagate_meta=False)
@@ -92,6 +100,8 @@ class Builder:
         with self.program.graph.inserting_before(self.anchor):
             node = self.program.graph.call_function(target, args, kwargs)
         node.meta.update({k: v for k, v in self.anchor.meta.items() if k in _INHERITED})
+        if self.module is not None:
+            node.meta["nn_module_stack"] = dict(self.module)
         node.meta["val"] = meta
         node.meta["rewritten_by"] = (*self.anchor.meta.get("rewritten_by", ()), self.rule)
         self.new_nodes.append(node)
