@@ -16,7 +16,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -138,8 +137,8 @@ def main(arguments: list[str]) -> int:
 def _rows(todo: list[Job], workers: int, show: Callable[[Row], None]) -> Iterator[Row]:
     """Rows in the order of ``todo``; processes are renewed, so that none grows for long."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=12) as pool:
-        for rows in pool.map(_job, todo):
+    with context.Pool(workers, maxtasksperchild=24) as pool:
+        for rows in pool.imap(_job, todo):
             for row in rows:
                 show(row)
                 yield row
