@@ -106,13 +106,18 @@ def _closure(outputs: list[Any], within: set[fx.Node]) -> tuple[list[fx.Node], l
 
 
 def widen(source: fx.Graph) -> fx.Graph:
-    """A copy whose floating dtype arguments are all float64: the reference a rewrite is held to."""
+    """A copy whose floating dtype arguments are all float64: the reference a rewrite is held to.
+
+    What is asserted of dtypes is left out: complex values stay as they are, and so do their parts.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in source.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].args = _widened(copies[node].args)
-        copies[node].kwargs = _widened(copies[node].kwargs)
+        checks = node.target is torch.ops.aten._assert_tensor_metadata.default
+        change = _without_dtypes if checks else _widened
+        copies[node].args = change(copies[node].args)
+        copies[node].kwargs = change(copies[node].kwargs)
     return graph
 
 
@@ -135,6 +140,14 @@ def _widened(structure: Any) -> Any:
     if isinstance(structure, list | tuple):
         return type(structure)(_widened(v) for v in structure)
     return structure
+
+
+def _without_dtypes(structure: Any) -> Any:
+    if isinstance(structure, dict):
+        return {k: _without_dtypes(v) for k, v in structure.items()}
+    if isinstance(structure, tuple):
+        return tuple(_without_dtypes(v) for v in structure)
+    return None if isinstance(structure, torch.dtype) else structure
 
 
 def _kind(node: fx.Node) -> str:
