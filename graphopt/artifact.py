@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils import _pytree as pytree
@@ -13,14 +12,12 @@ from graphopt.emit.exported import to_exported
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError, LoadError
 from graphopt.files import atomic_path
+from graphopt.loading.side_file import SIDE_FILE, SideFile, applied, parsed, written
 from graphopt.program import Program
 from graphopt.report.model import Report
 
 if TYPE_CHECKING:
     from graphopt.loading import LoadedModel
-
-SIDE_FILE = "graphopt.json"
-FORMAT = 1
 
 
 def save(module: OptimizedModule, path: str | Path) -> Path:
@@ -43,24 +40,16 @@ def save(module: OptimizedModule, path: str | Path) -> Path:
             "an optimized module is saved as .pt2", where=str(target), fix=f"{target.stem}.pt2"
         )
     exported = to_exported(module.current_program())
+    text = written(module.program, module.report.to_dict())
     with atomic_path(target) as temporary:
-        torch.export.save(exported, temporary, extra_files={SIDE_FILE: _side_file(module)})
+        torch.export.save(exported, temporary, extra_files={SIDE_FILE: text})
     return target
-
-
-def _side_file(module: OptimizedModule) -> str:
-    facts = {
-        "format": FORMAT,
-        "name": module.program.name,
-        "training": module.program.training,
-        "frozen": module.program.frozen,
-        "report": module.report.to_dict(),
-    }
-    return json.dumps(facts)
 
 
 def load(path: str | Path) -> OptimizedModule:
     """Load what `save` wrote (or any plain ``.pt2``), after the archive was scanned.
+
+    The module is called like the one that was saved, and refuses what that one refused.
 
     Raises:
         LoadError: the file is unsafe, damaged, or not an exported program.
@@ -69,8 +58,8 @@ def load(path: str | Path) -> OptimizedModule:
 
     loaded = load_model(path)
     program = program_of(loaded)
-    facts = _facts(loaded)
-    report = Report.from_dict(facts["report"]) if "report" in facts else Report(program.name)
+    report = _facts(loaded).report
+    report = Report(program.name) if report is None else Report.from_dict(report)
     return OptimizedModule(program, report)
 
 
@@ -78,9 +67,10 @@ def program_of(loaded: LoadedModel) -> Program:
     """The program of a loaded ``.pt2``; its example inputs are those it was exported with.
 
     Raises:
-        LoadError: the file is of another kind.
+        LoadError: the file is of another kind, or ``graphopt.json`` does not fit its program.
     """
     from graphopt.capture import from_exported
+    from graphopt.capture_ones import settle_ones
 
     if loaded.exported is None:
         raise LoadError(
@@ -89,13 +79,14 @@ def program_of(loaded: LoadedModel) -> Program:
             fix="load a file that graphopt.save or torch.export.save wrote",
         )
     facts = _facts(loaded)
-    training, frozen = bool(facts.get("training", False)), bool(facts.get("frozen", True))
-    program = from_exported(loaded.exported, training=training, frozen=frozen)
-    program.name = str(facts.get("name", loaded.source.stem))
+    program = from_exported(loaded.exported, training=facts.training, frozen=facts.frozen)
+    program.name = facts.name or loaded.source.stem
     program.example_inputs = tuple(pytree.tree_leaves(loaded.exported.example_inputs or ((), {})))
+    applied(facts, program, str(loaded.source))
+    if facts.format == 1 and program.example_inputs:
+        settle_ones(program, None)
     return program
 
 
-def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    text = loaded.extra_files.get(SIDE_FILE)
-    return json.loads(text) if text else {}
+def _facts(loaded: LoadedModel) -> SideFile:
+    return parsed(loaded.extra_files.get(SIDE_FILE), str(loaded.source))

@@ -131,6 +131,21 @@ def _exponent(node: ast.AST) -> Iterator[str]:
             yield f"the exponent {value}"
 
 
+def power_reason(text: str) -> str | None:
+    """Why working out the powers and shifts in ``text`` may never end, or None where it is quick.
+
+    Raises:
+        SyntaxError: ``text`` is no expression.
+    """
+    for node in ast.walk(ast.parse(text, mode="eval")):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
+            if not isinstance(node.right, ast.Constant):
+                return "an exponent that is no number"
+            if reason := next(_exponent(node.right), None):
+                return reason
+    return None
+
+
 def _number(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         node = node.operand

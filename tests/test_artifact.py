@@ -1,0 +1,381 @@
+"""A saved module is called, refuses, and names its axes like the one in memory."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import graphopt
+from graphopt.artifact import SIDE_FILE
+from graphopt.emit.module import OptimizedModule
+from graphopt.errors import GraphoptError, LoadError
+from graphopt.loading.plain_values import Opaque, decoded, encoded
+
+RECORD = f"extra/{SIDE_FILE}"
+AXES = {0: "batch", 1: "seq"}
+
+
+class Mode(enum.Enum):
+    MEAN = 1
+    LAST = 2
+
+
+class Pool(nn.Module):
+    """Defaults of every kind, an optional tensor, a keyword-only flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        scale: float = 2.0,
+        sizes: tuple[int, ...] = (1, 2),
+        *,
+        dtype: torch.dtype = torch.float32,
+        mode: Mode = Mode.MEAN,
+        low: float = -math.inf,
+    ) -> dict[str, Tensor]:
+        hidden = self.layer(x) * scale
+        hidden = hidden if mask is None else hidden * mask[..., None]
+        return {"pooled": hidden.mean(1).clamp_min(low).to(dtype), "hidden": hidden}
+
+
+X, MASK = torch.randn(3, 5, 8), torch.ones(3, 5)
+
+
+def compiled(*args: Any, **kwargs: Any) -> OptimizedModule:
+    named = {**dict(zip(("x", "mask"), args, strict=False)), **kwargs}
+    shapes = {name: AXES for name in ("x", "mask") if name in named}
+    torch.manual_seed(3)
+    return graphopt.compile(
+        Pool().eval(),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        dynamic_shapes=shapes,
+        measure=False,
+    )
+
+
+def through_a_file(module: OptimizedModule, folder: Path) -> OptimizedModule:
+    return graphopt.load(graphopt.save(module, folder / "module.pt2"))
+
+
+def answer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives: its outputs, or the words of its refusal."""
+    try:
+        return {k: v.detach() for k, v in module(*args, **kwargs).items()}
+    except GraphoptError as error:
+        return str(error)
+
+
+EXAMPLES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "by position": ((X, MASK), {}),
+    "by keyword": ((), {"x": X, "mask": MASK}),
+    "without the optional": ((X,), {}),
+    "with constants": ((X, MASK, 2.0, (1, 2)), {"low": -math.inf}),
+}
+Y, LESS = torch.randn(2, 7, 8), torch.rand(2, 7)
+CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "by position": ((Y, LESS), {}),
+    "by keyword": ((), {"mask": LESS, "x": Y}),
+    "mixed": ((Y,), {"mask": LESS}),
+    "optional left out": ((Y,), {}),
+    "optional given as nothing": ((Y, None), {}),
+    "every default spelled": (
+        (Y, LESS, 2.0, (1, 2)),
+        {"dtype": torch.float32, "low": -math.inf},
+    ),
+    "another scale": ((Y, LESS, 3.0), {}),
+    "another tuple": ((Y, LESS), {"sizes": [1, 2]}),
+    "another dtype": ((Y, LESS), {"dtype": torch.float64}),
+    "another enum": ((Y, LESS), {"mode": Mode.LAST}),
+    "unknown": ((Y, LESS), {"extra": 1}),
+    "twice": ((Y, LESS), {"x": Y}),
+    "too many": ((Y, LESS, 2.0, (1, 2), 7), {}),
+    "none": ((), {}),
+    "static axis": ((Y[..., :7], LESS), {}),
+    "unequal axes": ((Y, LESS[:1]), {}),
+    "dtype of a tensor": ((Y.double(), LESS), {}),
+    "one": ((Y[:1, :1], LESS[:1, :1]), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[OptimizedModule, OptimizedModule]]:
+    found = {}
+    for name, (args, kwargs) in EXAMPLES.items():
+        module = compiled(*args, **kwargs)
+        found[name] = module, through_a_file(module, tmp_path_factory.mktemp("saved"))
+    return found
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_call_gives_or_refuses_the_same(pairs: Any, example: str, call: str) -> None:
+    before, after = pairs[example]
+    wanted, found = answer(before, *CALLS[call]), answer(after, *CALLS[call])
+    if isinstance(wanted, str):
+        assert found == wanted
+    else:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_both_answers_and_refusals_were_compared(pairs: Any) -> None:
+    kinds = {type(answer(pairs["by position"][0], *call)) for call in CALLS.values()}
+    assert kinds == {dict, str}
+
+
+def test_everything_about_the_call_comes_back(pairs: Any) -> None:
+    before, after = (module.program for module in pairs["by position"])
+    assert after.call.positional == before.call.positional == ("x", "mask", "scale", "sizes")
+    shown = str(after.call.defaults.pop("mode")), str(before.call.defaults["mode"])
+    assert shown == ("<Mode.MEAN: 1>", "Mode.MEAN"), "no file holds a class: it is shown only"
+    assert after.call.defaults == {k: v for k, v in before.call.defaults.items() if k != "mode"}
+    assert after.axis_names == before.axis_names and len(after.axis_names) == 2
+    assert after.range_constraints == before.range_constraints
+    assert after.notes == before.notes and after.name == "Pool"
+
+
+def test_fixed_flags_come_back(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = transformers.BertModel(config).eval()
+    ids = torch.randint(99, (2, 6))
+    before = graphopt.compile(
+        model,
+        example_kwargs={"input_ids": ids, "output_hidden_states": True},
+        dynamic_shapes={"input_ids": {0: "batch", 1: "seq"}},
+        measure=False,
+    )
+    after = through_a_file(before, tmp_path)
+    assert after.program.call.fixed == before.program.call.fixed
+    assert after.program.call.fixed["output_hidden_states"] is True
+    kept = {"output_hidden_states": True}
+    for args, kwargs in (((ids,), {}), ((), {"input_ids": ids, **kept}), ((ids[:1],), kept)):
+        wanted, found = before(*args, **kwargs), after(*args, **kwargs)
+        assert type(found) is type(wanted) and len(found.hidden_states) == 2
+        assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
+    refusals = []
+    for module in (before, after):
+        with pytest.raises(GraphoptError, match="captured with output_hidden_states=True") as e:
+            module(ids, output_hidden_states=False)
+        refusals.append(str(e.value))
+    assert refusals[0] == refusals[1]
+
+
+class Picky(nn.Module):
+    """Even batches only, and another answer where the sequence has one element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] % 2:
+            return x
+        return x * 3 if x.shape[1] == 1 else x * 2
+
+
+def test_ranges_and_conditions_come_back(tmp_path: Path) -> None:
+    before = graphopt.compile(
+        Picky().eval(),
+        example_inputs=(torch.randn(4, 5),),
+        dynamic_shapes={"x": {0: Dim("batch", max=20), 1: "seq"}},
+        measure=False,
+    )
+    after = through_a_file(before, tmp_path)
+    again = through_a_file(after, tmp_path)
+    assert before.program.assumptions == after.program.assumptions == again.program.assumptions
+    for shape, words in (((3, 5), "% 2"), ((4, 1), "must be at least 2"), ((22, 5), "and 20")):
+        for module in (before, after, again):
+            with pytest.raises(GraphoptError, match=words):
+                module(torch.randn(shape))
+    x = torch.randn(2, 9)
+    assert torch.equal(after(x), x * 2)
+
+
+def test_a_declared_minimum_comes_back(tmp_path: Path) -> None:
+    before = graphopt.compile(
+        nn.Tanh().eval(),
+        example_inputs=(torch.randn(4, 5),),
+        dynamic_shapes=({0: Dim("batch", min=2)},),
+        measure=False,
+    )
+    for module in (before, through_a_file(before, tmp_path)):
+        with pytest.raises(GraphoptError, match="`batch` must be at least 2"):
+            module(torch.randn(1, 5))
+
+
+def test_axes_keep_their_names_in_onnx(pairs: Any, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    graphopt.export_onnx(pairs["by position"][1], tmp_path / "pool.onnx")
+    graph = onnx.load(tmp_path / "pool.onnx").graph
+    dims = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert dims == {
+        "x": ["batch", "seq", 8],
+        "mask": ["batch", "seq"],
+        "pooled": ["batch", 4],
+        "hidden": ["batch", "seq", 4],
+    }
+
+
+VALUES = [
+    *(None, True, 0, -7, 2.5, "text", math.inf, -math.inf, [1, [2]], (1, ("a", None)), {}),
+    *({"a": (1,), 2: [None]}, {"is": "dtype"}, torch.bfloat16, torch.device("cpu")),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_come_back_as_they_are(value: Any) -> None:
+    back = decoded(json.loads(json.dumps(encoded(value), allow_nan=False)), "value")
+    assert back == value and type(back) is type(value)
+
+
+def test_values_that_no_file_holds_are_shown() -> None:
+    assert math.isnan(decoded(encoded(math.nan), "value"))
+    back = decoded(encoded(Mode.LAST), "value")
+    assert isinstance(back, Opaque) and repr(back) == "<Mode.LAST: 2>" and back != Mode.LAST
+    assert repr(decoded(encoded(torch.ones(3)), "value")) == "a tensor"
+
+
+def edited(source: Path, target: Path, edit: Callable[[str], str]) -> Path:
+    """The archive with another ``graphopt.json``."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            data = old.read(member)
+            if member.filename.endswith(RECORD):
+                data = edit(data.decode()).encode()
+            new.writestr(member, data)
+    return target
+
+
+@pytest.fixture(scope="module")
+def saved(pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return graphopt.save(pairs["by position"][0], tmp_path_factory.mktemp("clean") / "clean.pt2")
+
+
+def change(*path: Any, to: Any) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        data = json.loads(text)
+        inner = data
+        for key in path[:-1]:
+            inner = inner[key]
+        if to is ...:
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = to
+        return json.dumps(data)
+
+    return edit
+
+
+def condition(text: str) -> Callable[[str], str]:
+    def edit(file: str) -> str:
+        symbol = json.loads(file)["axes"][0]["symbol"]
+        entry = {"text": text.format(s=symbol), "where": None, "reason": None}
+        return change("assumptions", to=[entry])(file)
+
+    return edit
+
+
+TAMPERED: dict[str, tuple[Callable[[str], str], str]] = {
+    "not JSON": (lambda _t: "{", "not JSON"),
+    "too deep": (lambda _t: "[" * 200_000, "not JSON"),
+    "not a number": (change("axes", 0, "low", to=math.nan), "not JSON: the number NaN"),
+    "not an object": (lambda _t: "[]", "expected an object"),
+    "no format": (change("format", to=...), "format None"),
+    "a newer format": (change("format", to=3), "format 3, this graphopt reads 1 to 2"),
+    "no axes": (change("axes", to=...), "the field 'axes' is missing"),
+    "no conditions": (change("assumptions", to=...), "the field 'assumptions' is missing"),
+    "no call": (change("call", to=None), "the call is missing"),
+    "names that are no list": (change("call", "positional", to="x"), "expected a list"),
+    "a name that is no text": (change("call", "positional", to=["x", 1]), "expected str"),
+    "a name that is code": (change("call", "positional", 1, to="a()"), "'a\\(\\)' is no argument"),
+    "a name twice": (change("call", "positional", to=["x", "mask", "x"]), "positional twice"),
+    "names swapped": (change("call", "positional", to=["mask", "x"]), "arguments by position are"),
+    "a fixed input": (change("call", "fixed", to={"mask": 1}), "mask is fixed and an input"),
+    "an unknown value": (change("call", "defaults", "scale", to={"is": "pickle"}), "no value of"),
+    "no such dtype": (
+        change("call", "defaults", "dtype", to={"is": "dtype", "value": "load"}),
+        "no value of a call",
+    ),
+    "an unhashable key": (
+        change("call", "defaults", "scale", to={"is": "dict", "items": [[[], 1]]}),
+        "no value of a call",
+    ),
+    "training as text": (change("training", to="yes"), "expected bool"),
+    "an unknown symbol": (change("axes", 0, "symbol", to="s99999"), "the axes are of"),
+    "an axis left out": (change("axes", 0, to=...), "the axes are of"),
+    "a wider range": (change("axes", 0, "low", to=-3), "but in the program"),
+    "an empty range": (change("axes", 0, "high", to=0), "but in the program"),
+    "a size that is no number": (change("axes", 0, "high", to=2.5), "expected int"),
+    "an axis that is code": (change("axes", 0, "name", to="a b"), "no name of an axis"),
+    "notes that are no list": (change("notes", to="a"), "expected a list"),
+    "code": (condition("__import__('os').system('true')"), "not a condition on sizes"),
+    "an attribute": (condition("{s}.__class__"), "not a condition on sizes"),
+    "no expression": (condition("{s} >"), "not a condition on sizes"),
+    "another symbol": (condition("other > 1"), "not a condition on sizes"),
+    "endless": (condition("9**9**9**9 > {s}"), "an exponent that is no number"),
+    "huge": (condition("9**999999999 > {s}"), "the exponent 999999999"),
+    "long": (condition("{s} > " + "1 + " * 9000 + "1"), "far too long"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_file_that_was_changed_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    edit, words = TAMPERED[name]
+    with pytest.raises(LoadError) as caught:
+        graphopt.load(edited(saved, tmp_path / "changed.pt2", edit))
+    assert re.search(words, str(caught.value)), str(caught.value)
+    assert SIDE_FILE in str(caught.value.where)
+
+
+def test_the_same_file_unchanged_loads(saved: Path, tmp_path: Path) -> None:
+    assert graphopt.load(edited(saved, tmp_path / "same.pt2", lambda text: text)).report.verified
+
+
+def first_format(text: str) -> str:
+    data = json.loads(text)
+    old = {key: data[key] for key in ("name", "training", "frozen", "report")}
+    return json.dumps({"format": 1, **old})
+
+
+def test_a_file_of_the_first_format_still_loads(saved: Path, tmp_path: Path) -> None:
+    module = graphopt.load(edited(saved, tmp_path / "old.pt2", first_format))
+    assert module.report.verified and module.program.name == "Pool"
+    assert module.program.axis_names == {} and module.program.call.defaults == {}
+    assert module(Y, LESS)["pooled"].shape == (2, 4)
+    assert module(Y[:1], LESS[:1])["pooled"].shape == (1, 4)
+
+
+def test_a_plain_program_refuses_one_where_its_graph_fails(tmp_path: Path) -> None:
+    class Second(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin().select(0, 1)
+
+    exported = torch.export.export(
+        Second().eval(), (torch.randn(4, 3),), dynamic_shapes=({0: Dim.DYNAMIC},)
+    )
+    torch.export.save(exported, tmp_path / "plain.pt2")
+    module = graphopt.load(tmp_path / "plain.pt2")
+    assert module(torch.randn(2, 3)).shape == (3,)
+    with pytest.raises(GraphoptError, match=r"at least 2; at 1 .* raises IndexError"):
+        module(torch.randn(1, 3))
