@@ -52,7 +52,7 @@ def command(
         options = options_from(recipe, passes, strict, measure, calibration)
         module = optimize_program(program, replace(options, progress=step), eager=eager)
         step("translate and compare in ONNX Runtime")
-        result = export_onnx(module, path, opset=opset, fuse=fuse, verify=verify)
+        result = export_onnx(module, path, opset=opset, fuse=fuse, verify=verify, measure=measure)
     if as_json:
         print_json(result.to_dict())
         return

@@ -65,7 +65,7 @@ def command(
         module.report.notes += subject.notes
         for path in targets:
             step(f"write {path.name}")
-            _write(module, path)
+            _write(module, path, measure)
     if as_json:
         facts = module.report.to_dict()
         print_json({"written": [str(p) for p in targets], "report": facts})
@@ -89,13 +89,14 @@ def _targets(outputs: tuple[str, ...], subject: Subject) -> list[Path]:
     return paths
 
 
-def _write(module: OptimizedModule, path: Path) -> None:
+def _write(module: OptimizedModule, path: Path, measure: bool) -> None:
     import graphopt
 
     if path.suffix == ".pt2":
         graphopt.save(module, path)
     elif path.suffix == ".onnx":
-        graphopt.export_onnx(module, path)
+        found = graphopt.export_onnx(module, path, measure=measure)
+        module.report.notes += [f"{path.name}: {note}" for note in found.notes]
     elif path.suffix == ".html":
         module.report.to_html(path)
     elif path.suffix == ".json":
