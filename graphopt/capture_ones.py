@@ -122,14 +122,16 @@ def eager(example: Example) -> Run:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
+    """The model as it was; a buffer that was not written is not written to put it back."""
     attributes = Attributes.of(model)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         attributes.restore()
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.copy_(value)
 
 
 def _assumption(program: Program, short: Sequence[sympy.Symbol], why: str) -> Assumption:

@@ -141,6 +141,13 @@ def test_buffers_count_as_answers_and_the_model_is_left_as_it_was() -> None:
     assert float(model.seen) == 0 and model.calls == []
 
 
+def test_a_capture_does_not_write_what_the_model_only_reads() -> None:
+    model = Norm().eval()
+    versions = {name: buffer._version for name, buffer in model.named_buffers()}
+    capture(model, (torch.randn(3, 4),), dynamic_shapes=BATCH)
+    assert versions == {name: buffer._version for name, buffer in model.named_buffers()}
+
+
 class SameShapeAsTraced(Rule):
     """Deliberately wrong at 1: a squeeze that changed nothing in the trace."""
 
