@@ -18,7 +18,8 @@ import torch
 
 import graphopt
 from benchmarks.models import minilm
-from graphopt.emit.onnx import _quiet, open_session
+from graphopt.emit.onnx_runtime import open_session
+from graphopt.emit.onnx_translate import quiet
 
 ROUNDS = 15
 
@@ -61,7 +62,7 @@ def _sessions(
     plain, fused, old, own = (folder / f"{n}.onnx" for n in ("plain", "fused", "old", "own"))
     dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     shapes = dict.fromkeys(inputs, dims)
-    with _quiet():
+    with quiet():
         exported = torch.onnx.export(
             model, (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False
         )

@@ -146,7 +146,8 @@ def _caller(model: Callable[..., Any], values: Mapping[str, Any]) -> Call:
 
 
 def _onnx_caller(model: nn.Module, inputs: Inputs, options: Options) -> Call:
-    from graphopt.emit.onnx import export_onnx, open_session
+    from graphopt.emit.onnx import export_onnx
+    from graphopt.emit.onnx_runtime import open_session
 
     module: Any = _optimized(model, inputs, options)
     with tempfile.TemporaryDirectory() as folder:

@@ -178,7 +178,7 @@ def _pt2(loaded: LoadedModel) -> Runnable:
 
 
 def _onnx_runner(path: Path) -> Runner:
-    from graphopt.emit.onnx import open_session
+    from graphopt.emit.onnx_runtime import open_session
 
     session = open_session(path)
     wanted = [i.name for i in session.get_inputs()]

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
-from graphopt.emit.exported import to_exported
 from graphopt.emit.module import OptimizedModule
 from graphopt.emit.onnx_axes import name_axes
+from graphopt.emit.onnx_runtime import compare_with_runtime, feed_of, open_session, require
+from graphopt.emit.onnx_translate import fuse_for_runtime, input_names, output_names, translate
 from graphopt.emit.onnx_variants import separate_projections
-from graphopt.errors import ExportError, MissingDependencyError, VerificationError
+from graphopt.errors import ExportError
 from graphopt.files import atomic_path
-from graphopt.program import InputKind, OutputKind, Program
-from graphopt.rewrite.rule import Numeric
-from graphopt.verify.inputs import fresh_inputs, sizes_of_one, unseen_sizes
-from graphopt.verify.measure import Measure, compare, worst
+from graphopt.program import Program
 from graphopt.verify.timing import Pace, interleaved
-from graphopt.verify.whole import run_program
 
 EXTERNAL_ABOVE = 1_800_000_000
 """Bytes of weights above which they go to a file beside the model (protobuf ends at 2 GB)."""
-
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative RMS error against float64: ONNX Runtime's kernels round in their own order."""
 
 
 @dataclass(frozen=True)
 class OnnxResult:
     """What was written: names as the model gave them, fusions by kind, the measured error.
 
-    ``notes`` tell which of several forms ONNX Runtime was seen to run fastest.
+    ``notes`` tell which of several forms ONNX Runtime was seen to run fastest, and for which inputs
+    its results are not torch's.
     """
 
     path: Path
@@ -92,7 +79,7 @@ def export_onnx(
         VerificationError: ONNX Runtime's outputs are not those of the module.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
-    _require("onnxscript", "onnx")
+    require("onnxscript", "onnx")
     program = _exportable(module)
     names = input_names(program), output_names(program)
     draft = _draft(program, names, opset, fuse=fuse)
@@ -102,9 +89,12 @@ def export_onnx(
     target = Path(path)
     with atomic_path(target) as temporary:
         _save(draft.model, temporary, program)
-        error = compare_with_runtime(program, temporary, *names).rms if verify else float("nan")
+        error, notes = float("nan"), draft.notes
+        if verify:
+            found, seen = compare_with_runtime(program, temporary, *names)
+            error, notes = found.rms, (*notes, *seen)
     size = target.stat().st_size
-    return OnnxResult(target, *names, draft.fusions, error, size, draft.notes)
+    return OnnxResult(target, *names, draft.fusions, error, size, notes)
 
 
 @dataclass(frozen=True)
@@ -146,17 +136,9 @@ def _race(one: _Draft, two: _Draft, program: Program, inputs: Sequence[str]) -> 
             path = Path(folder) / f"{index}.onnx"
             _save(draft.model, path, program)
             session = open_session(path)
-            feed = _feed(session, program.example_inputs, inputs)
+            feed = feed_of(session, program.example_inputs, inputs)
             calls.append(partial(session.run, None, feed))
         return interleaved(calls[0], calls[1], budget=1.0)
-
-
-def _require(*packages: str) -> None:
-    missing = [p for p in packages if find_spec(p) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"ONNX export needs {' and '.join(missing)}", fix="pip install 'graphopt[onnx]'"
-        )
 
 
 def _exportable(module: OptimizedModule) -> Program:
@@ -173,100 +155,6 @@ def _exportable(module: OptimizedModule) -> Program:
     return program
 
 
-def input_names(program: Program) -> tuple[str, ...]:
-    """Names of tensor inputs; constants that were captured are part of the file."""
-    return tuple(
-        n.name
-        for n, v in zip(program.user_inputs(), program.example_inputs, strict=True)
-        if isinstance(v, Tensor)
-    )
-
-
-def output_names(program: Program) -> tuple[str, ...]:
-    """Names from the structure of the return value: fields and keys, else ``output``."""
-    values = program.user_outputs()
-    if program.call is None:
-        return tuple(f"output_{i}" for i in range(len(values)))
-    tree = pytree.tree_unflatten(list(range(len(values))), program.call.out_spec)
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    named = [_spell(path) or "output" for path in paths]
-    taken = set(input_names(program))
-    return tuple(f"{n}_out" if n in taken else n for n in named)
-
-
-def _spell(path: Sequence[Any]) -> str:
-    parts = [getattr(p, "key", getattr(p, "name", getattr(p, "idx", ""))) for p in path]
-    text = "_".join(str(p) for p in parts)
-    return f"output_{text}" if text[:1].isdigit() else text
-
-
-def translate(
-    program: Program, inputs: Sequence[str], outputs: Sequence[str], *, opset: int | None
-) -> Any:
-    """The program as a `torch.onnx.ONNXProgram`."""
-    mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
-    named = [f"updated_{i}" for i in range(mutated)] + list(outputs)
-    try:
-        with _quiet():
-            made: Any = torch.onnx.export(
-                to_exported(program),
-                dynamo=True,
-                input_names=list(inputs) if _all_tensors(program) else None,
-                output_names=named if _all_tensors(program) else None,
-                opset_version=opset,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise _untranslated(error, program) from error
-    return made
-
-
-def _all_tensors(program: Program) -> bool:
-    kinds = (e.kind for e in program.inputs.values())
-    return all(isinstance(v, Tensor) for v in program.example_inputs) and InputKind.USER in kinds
-
-
-def _untranslated(error: Exception, program: Program) -> ExportError:
-    import re
-
-    from graphopt.source import source_line
-
-    text = str(error.__cause__ or error)
-    found = re.search(r"'(?:<OpOverload\(op=')?([\w.:]+)", text)
-    operator = found[1] if found else ""
-    where = next((source_line(n) for n in program.graph.nodes if operator in str(n.target)), None)
-    first = text.strip().splitlines()[0][:300]
-    return ExportError(f"no ONNX translation: {first}", where=where if operator else None)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's own progress lines and deprecation warnings."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def fuse_for_runtime(model: Any) -> dict[str, int]:
-    """Apply onnxscript's fusions for ONNX Runtime in place; returns how many of each kind."""
-    from onnxscript.rewriter.ort_fusions import optimize_for_ort
-
-    with _quiet():
-        fused, counts = optimize_for_ort(model.model)
-    model.model = fused
-    return {name: count for name, count in counts.items() if count}
-
-
 def _metadata(module: OptimizedModule) -> str:
     report = module.report
     certificates = [
@@ -279,64 +167,3 @@ def _metadata(module: OptimizedModule) -> str:
 def _save(model: Any, path: Path, program: Program) -> None:
     size = sum(t.numel() * t.element_size() for t in program.state.values())
     model.save(str(path), external_data=size > EXTERNAL_ABOVE)
-
-
-def compare_with_runtime(
-    program: Program, path: Path, inputs: Sequence[str], outputs: Sequence[str]
-) -> Measure:
-    """Run the file on captured and unseen sizes, and at 1; the worst measure over all outputs.
-
-    Raises:
-        VerificationError: names the output that differs, and by how much.
-    """
-    session = open_session(path)
-    sizes = (unseen_sizes(program), *sizes_of_one(program))
-    sets = [list(program.example_inputs), *(fresh_inputs(program, s) for s in sizes)]
-    rows: list[Measure] = []
-    for values in sets:
-        rows += _compare_once(program, session, values, inputs, outputs)
-    return worst(rows)
-
-
-def _compare_once(
-    program: Program, session: Any, values: list[Any], inputs: Sequence[str], outputs: Sequence[str]
-) -> list[Measure]:
-    mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
-    old = run_program(program, values, wide=False, grad=False).outputs[mutated:]
-    exact = run_program(program, values, wide=True, grad=False).outputs[mutated:]
-    new = [torch.from_numpy(a) for a in session.run(None, _feed(session, values, inputs))][mutated:]
-    wanted = [(o, e) for o, e in zip(old, exact, strict=True) if isinstance(o, Tensor)]
-    rows = []
-    for name, (o, e), n in zip(outputs, wanted, new, strict=False):
-        tolerance = TOLERANCE.get(o.dtype, 0.0)
-        found = compare(o, n, e, Numeric.LOSSY, tolerance)
-        if not found.ok:
-            raise VerificationError(
-                f"ONNX Runtime gives another {name!r}: relative error {found.rms:.2g} "
-                f"({found.note}), allowed {tolerance:.0e}",
-                fix="nothing was written; fuse=False shows whether a fusion is at fault",
-            )
-        rows.append(found)
-    return rows
-
-
-def _feed(session: Any, values: Sequence[Any], inputs: Sequence[str]) -> dict[str, Any]:
-    """Flat user inputs by the names of those the file still has."""
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    names = [i.name for i in session.get_inputs()]
-    return {n: t.numpy() for n, t in zip(inputs, tensors, strict=True) if n in names}
-
-
-def open_session(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU with torch's number of threads."""
-    _require("onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        first = str(error).splitlines()[0]
-        raise VerificationError(f"ONNX Runtime cannot load the file: {first}") from error

@@ -8,6 +8,7 @@ from torch import nn
 
 import graphopt
 from graphopt.emit import onnx as emit_onnx
+from graphopt.emit import onnx_runtime as emit_onnx_runtime
 from graphopt.errors import ExportError, VerificationError
 
 onnx = pytest.importorskip("onnx")
@@ -92,3 +93,51 @@ def test_an_operator_without_translation_is_named(tmp_path):
     with pytest.raises(ExportError, match="bessel_j0"):
         graphopt.export_onnx(module, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Masked(nn.Module):
+    def forward(self, x, mask):
+        seen = mask[:, None, None, :].bool()
+        x = x.unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen).squeeze(1)
+
+
+def masked_inputs():
+    mask = torch.ones(3, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    return {"x": torch.randn(3, 5, 8), "mask": mask}
+
+
+def test_rows_with_nothing_to_attend_to_are_told(tmp_path):
+    """torch gives zeros there, ONNX Runtime the mean."""
+    axes = {name: {0: "batch", 1: "seq"} for name in ("x", "mask")}
+    module = graphopt.compile(
+        Masked().eval(), example_kwargs=masked_inputs(), dynamic_shapes=axes, measure=False
+    )
+    result = graphopt.export_onnx(module, tmp_path / "m.onnx")
+    assert [n for n in result.notes if "rows of mask that are all zero" in n]
+    session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
+    given = masked_inputs()
+    given["mask"][2] = 0
+    found = torch.from_numpy(session.run(None, {k: v.numpy() for k, v in given.items()})[0])
+    expected = module(**given)
+    torch.testing.assert_close(found[:2], expected[:2])
+    assert not torch.allclose(found[2], expected[2])
+
+
+def test_what_differs_elsewhere_too_is_still_refused(tmp_path, monkeypatch):
+    axes = {name: {0: "batch", 1: "seq"} for name in ("x", "mask")}
+    module = graphopt.compile(
+        Masked().eval(), example_kwargs=masked_inputs(), dynamic_shapes=axes, measure=False
+    )
+    once = emit_onnx_runtime._compare_once
+
+    def off_at_one(program, session, values, *names):
+        if values[0].shape[1] == 1:
+            raise VerificationError("off")
+        return once(program, session, values, *names)
+
+    monkeypatch.setattr(emit_onnx_runtime, "_compare_once", off_at_one)
+    with pytest.raises(VerificationError, match="off"):
+        graphopt.export_onnx(module, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

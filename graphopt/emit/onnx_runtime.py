@@ -1,0 +1,131 @@
+"""An ONNX file in ONNX Runtime, held to the program it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import MissingDependencyError, VerificationError
+from graphopt.program import OutputKind, Program
+from graphopt.rewrite.rule import Numeric
+from graphopt.verify.inputs import fresh_inputs, sizes_of_one, unseen_sizes
+from graphopt.verify.measure import Measure, compare, worst
+from graphopt.verify.whole import run_program
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest relative RMS error against float64: ONNX Runtime's kernels round in their own order."""
+
+
+def require(*packages: str) -> None:
+    missing = [p for p in packages if find_spec(p) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"ONNX export needs {' and '.join(missing)}", fix="pip install 'graphopt[onnx]'"
+        )
+
+
+def compare_with_runtime(
+    program: Program, path: Path, inputs: Sequence[str], outputs: Sequence[str]
+) -> tuple[Measure, list[str]]:
+    """Run the file on captured and unseen sizes, and at 1; the worst measure over all outputs.
+
+    Attention that may see nothing is zero in torch and something else in ONNX. Where a drawn mask
+    has such rows, the comparison is made without them, and the notes say so.
+
+    Raises:
+        VerificationError: names the output that differs, and by how much.
+    """
+    session = open_session(path)
+    rows = _compare_once(program, session, program.example_inputs, inputs, outputs)
+    notes: dict[str, None] = {}
+    for sizes in (unseen_sizes(program), *sizes_of_one(program)):
+        values = fresh_inputs(program, sizes)
+        try:
+            rows += _compare_once(program, session, values, inputs, outputs)
+        except VerificationError:
+            filled = _with_no_empty_rows(program, values)
+            nodes = program.user_inputs()
+            names = [n.name for n, a, b in zip(nodes, values, filled, strict=True) if a is not b]
+            if not names:
+                raise
+            rows += _compare_once(program, session, filled, inputs, outputs)
+            notes[_EMPTY.format(" and ".join(names))] = None
+    return worst(rows), list(notes)
+
+
+_EMPTY = "rows of {} that are all zero: ONNX Runtime gives other values than torch there"
+
+
+def _with_no_empty_rows(program: Program, values: Sequence[Any]) -> list[Any]:
+    """The same inputs, but rows of masks that are all zero get a first entry.
+
+    A mask is a tensor of zeros and ones that had no such row when the model was captured.
+    """
+    return [_filled(*pair) for pair in zip(program.example_inputs, values, strict=True)]
+
+
+def _filled(captured: Any, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_floating_point() or not value.dim():
+        return value
+    empty = ~value.bool().any(-1)
+    is_mask = bool(((captured == 0) | (captured == 1)).all() and captured.bool().any(-1).all())
+    if not is_mask or not empty.any():
+        return value
+    filled = value.clone()
+    filled[..., 0] = value[..., 0] | empty.to(value.dtype)
+    return filled
+
+
+def _compare_once(
+    program: Program,
+    session: Any,
+    values: Sequence[Any],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> list[Measure]:
+    mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
+    old = run_program(program, values, wide=False, grad=False).outputs[mutated:]
+    exact = run_program(program, values, wide=True, grad=False).outputs[mutated:]
+    new = [torch.from_numpy(a) for a in session.run(None, feed_of(session, values, inputs))][
+        mutated:
+    ]
+    wanted = [(o, e) for o, e in zip(old, exact, strict=True) if isinstance(o, Tensor)]
+    rows = []
+    for name, (o, e), n in zip(outputs, wanted, new, strict=False):
+        tolerance = TOLERANCE.get(o.dtype, 0.0)
+        found = compare(o, n, e, Numeric.LOSSY, tolerance)
+        if not found.ok:
+            raise VerificationError(
+                f"ONNX Runtime gives another {name!r}: relative error {found.rms:.2g} "
+                f"({found.note}), allowed {tolerance:.0e}",
+                fix="nothing was written; fuse=False shows whether a fusion is at fault",
+            )
+        rows.append(found)
+    return rows
+
+
+def feed_of(session: Any, values: Sequence[Any], inputs: Sequence[str]) -> dict[str, Any]:
+    """Flat user inputs by the names of those the file still has."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    names = [i.name for i in session.get_inputs()]
+    return {n: t.numpy() for n, t in zip(inputs, tensors, strict=True) if n in names}
+
+
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU with torch's number of threads."""
+    require("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        first = str(error).splitlines()[0]
+        raise VerificationError(f"ONNX Runtime cannot load the file: {first}") from error

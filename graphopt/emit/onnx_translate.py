@@ -1,0 +1,110 @@
+"""An ONNX model from a program: torch's translation, the model's own names, runtime fusions."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphopt.emit.exported import to_exported
+from graphopt.errors import ExportError
+from graphopt.program import InputKind, OutputKind, Program
+from graphopt.source import source_line
+
+
+def input_names(program: Program) -> tuple[str, ...]:
+    """Names of tensor inputs; constants that were captured are part of the file."""
+    return tuple(
+        n.name
+        for n, v in zip(program.user_inputs(), program.example_inputs, strict=True)
+        if isinstance(v, Tensor)
+    )
+
+
+def output_names(program: Program) -> tuple[str, ...]:
+    """Names from the structure of the return value: fields and keys, else ``output``."""
+    values = program.user_outputs()
+    if program.call is None:
+        return tuple(f"output_{i}" for i in range(len(values)))
+    tree = pytree.tree_unflatten(list(range(len(values))), program.call.out_spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    named = [_spell(path) or "output" for path in paths]
+    taken = set(input_names(program))
+    return tuple(f"{n}_out" if n in taken else n for n in named)
+
+
+def _spell(path: Sequence[Any]) -> str:
+    parts = [getattr(p, "key", getattr(p, "name", getattr(p, "idx", ""))) for p in path]
+    text = "_".join(str(p) for p in parts)
+    return f"output_{text}" if text[:1].isdigit() else text
+
+
+def translate(
+    program: Program, inputs: Sequence[str], outputs: Sequence[str], *, opset: int | None
+) -> Any:
+    """The program as a `torch.onnx.ONNXProgram`."""
+    mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
+    named = [f"updated_{i}" for i in range(mutated)] + list(outputs)
+    try:
+        with quiet():
+            made: Any = torch.onnx.export(
+                to_exported(program),
+                dynamo=True,
+                input_names=list(inputs) if _all_tensors(program) else None,
+                output_names=named if _all_tensors(program) else None,
+                opset_version=opset,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _untranslated(error, program) from error
+    return made
+
+
+def _all_tensors(program: Program) -> bool:
+    kinds = (e.kind for e in program.inputs.values())
+    return all(isinstance(v, Tensor) for v in program.example_inputs) and InputKind.USER in kinds
+
+
+def _untranslated(error: Exception, program: Program) -> ExportError:
+    text = str(error.__cause__ or error)
+    found = re.search(r"'(?:<OpOverload\(op=')?([\w.:]+)", text)
+    operator = found[1] if found else ""
+    where = next((source_line(n) for n in program.graph.nodes if operator in str(n.target)), None)
+    first = text.strip().splitlines()[0][:300]
+    return ExportError(f"no ONNX translation: {first}", where=where if operator else None)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter's own progress lines and deprecation warnings."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def fuse_for_runtime(model: Any) -> dict[str, int]:
+    """Apply onnxscript's fusions for ONNX Runtime in place; returns how many of each kind."""
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    with quiet():
+        fused, counts = optimize_for_ort(model.model)
+    model.model = fused
+    return {name: count for name, count in counts.items() if count}
