@@ -63,7 +63,7 @@ def command(
         program, eager = subject.capture()
         module = optimize_program(program, options, eager=eager, original=subject.module)
         module.report.notes += subject.notes
-        for path in targets:
+        for path in sorted(targets, key=_is_report):  # reports last: they tell about the rest
             step(f"write {path.name}")
             _write(module, path, measure)
     if as_json:
@@ -87,6 +87,10 @@ def _targets(outputs: tuple[str, ...], subject: Subject) -> list[Path]:
         if not path.parent.is_dir():
             raise GraphoptError("the folder does not exist", where=str(path.parent))
     return paths
+
+
+def _is_report(path: Path) -> bool:
+    return path.suffix not in (".pt2", ".onnx")
 
 
 def _write(module: OptimizedModule, path: Path, measure: bool) -> None:
