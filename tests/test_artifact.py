@@ -6,6 +6,8 @@ import enum
 import json
 import math
 import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +181,10 @@ def test_fixed_flags_come_back(tmp_path: Path) -> None:
             module(ids, output_hidden_states=False)
         refusals.append(str(e.value))
     assert refusals[0] == refusals[1]
+
+    path = str(tmp_path / "module.pt2")
+    code = "import sys, graphopt; graphopt.load(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, path], check=True)  # nothing else is imported
 
 
 class Picky(nn.Module):
