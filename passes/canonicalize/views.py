@@ -23,13 +23,8 @@ from graphopt.rewrite.match import same_literal
 
 aten = torch.ops.aten
 
-ROW_MAJOR = (
-    *RESHAPES,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-)
+_SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+ROW_MAJOR = (*RESHAPES, aten.unsqueeze.default, *_SQUEEZES)
 """Views that keep the order of elements: equal shapes before and after mean equal tensors."""
 
 PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default)
@@ -43,7 +38,7 @@ class SameShape(Identity):
     pattern = op((*ROW_MAJOR, aten.expand.default, aten.slice.Tensor, aten.alias.default), "x", ...)
 
     def applies(self, match: Match) -> bool:
-        return same_shape(val(match.root), match.val("x"))
+        return same_shape(val(match.root), match.val("x")) and not _may_drop(match.root)
 
     def rewrite(self, match: Match, build: Builder) -> Any:  # noqa: ARG002
         return match["x"]
@@ -64,6 +59,18 @@ class SameShape(Identity):
         yield case("a part", lambda x: x[:, 1:] + 1)
         yield case("equal at the captured size", lambda x: x.view(-1, 4, 12) + 1, **_DYNAMIC)
         yield case("other dtype", lambda x: x.view(torch.int32) + 1)
+        yield case("squeeze of an axis that may be 1", lambda x: x.squeeze(0) + 1, **_DYNAMIC)
+
+
+def _may_drop(node: fx.Node) -> bool:
+    """Whether a squeeze meets an axis of symbolic size: at 1 it would go."""
+    given = arguments(node)
+    if node.target not in _SQUEEZES:
+        return False
+    shape = val(given["self"]).shape
+    dims = given.get("dim", range(len(shape)))
+    dims = [dims] if isinstance(dims, int) else dims
+    return any(not isinstance(shape[dim], int) for dim in dims)
 
 
 class RowMajorRoundTrip(Identity):
