@@ -7,18 +7,17 @@ have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.capture_call import Example
-from graphopt.capture_watch import Attributes
+from graphopt.capture_watch import left_as_it_is
 from graphopt.errors import CaptureError
 from graphopt.program import Assumption, OutputKind, Program, val
 from graphopt.rewrite.rule import Numeric
@@ -112,26 +111,12 @@ def eager(example: Example) -> Run:
 
     def run(inputs: Sequence[Any]) -> Answer:
         args, kwargs = pytree.tree_unflatten(list(inputs), spec)
-        with _untouched(example.model):
+        with left_as_it_is(example.model):
             outputs = pytree.tree_leaves(example.model(*args, **kwargs, **example.flags))
             named = example.model.named_buffers(remove_duplicate=False)
             return Answer(outputs, {name: buffer.clone() for name, buffer in named})
 
     return run
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """The model as it was; a buffer that was not written is not written to put it back."""
-    attributes = Attributes.of(model)
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        attributes.restore()
-        for buffer, version, value in buffers:
-            if buffer._version != version:
-                buffer.copy_(value)
 
 
 def _assumption(program: Program, short: Sequence[sympy.Symbol], why: str) -> Assumption:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture_modes import GRADIENTS
 from graphopt.huggingface import EXACT_FUNCTIONS
 from graphopt.source import calling_line, is_user_file
+from graphopt.verify.measure import equal_bits
 
 _SENTINEL = 0x6A09E667
 _CONTAINERS = (list, dict, set)
@@ -125,6 +126,25 @@ class Attributes:
                 elif isinstance(value, dict | set):
                     value.clear()
                     value.update(content)
+
+
+@contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's attributes and buffers are what they were, by identity and value.
+
+    Compared by their bits: kernels such as batch norm's write without counting a version, and a
+    buffer that was not written must not be, as memory may be read-only.
+    """
+    attributes = Attributes.of(model)
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        attributes.restore()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not equal_bits(buffer, value):
+                    buffer.copy_(value)
 
 
 def _copied(value: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.capture_watch import left_as_it_is
 from graphopt.program import OutputKind, Program
-from graphopt.verify.measure import equal_bits
 from graphopt.verify.replay import SEED
 
 
@@ -28,7 +27,8 @@ def run_original(
     copies: dict[int, Tensor] = {}
     if any(o.kind is OutputKind.INPUT_MUTATION for o in program.outputs):
         call, copies = _copied(call)
-    with _untouched(model):
+    with left_as_it_is(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(SEED)
         outputs = pytree.tree_leaves(model(*call[0], **call[1]))
         values = [*_written(program, model, copies), *outputs]
         return [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
@@ -60,20 +60,3 @@ def _written(program: Program, model: nn.Module, copies: Mapping[int, Tensor]) -
             found.append(copies.get(id(given.get(output.target or ""))))
     known = [v for v in found if v is not None]
     return known if len(known) == len(found) else []
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Run a model once and put its buffers and the random state back."""
-    saved = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(SEED)
-        yield
-        for module, name, buffer, value in saved:
-            module._buffers[name] = buffer
-            if not equal_bits(buffer, value):
-                buffer.copy_(value)
