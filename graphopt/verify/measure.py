@@ -15,11 +15,14 @@ from torch import Tensor
 
 from graphopt.rewrite.rule import Numeric
 
-SMALL = 16
+SMALL = 64
 """Below this many elements the original's error is a matter of luck."""
 
 FLOOR = 4.0
 """Units of rounding (eps times the reference's RMS) that are always allowed."""
+
+NOISE = 0.1
+"""A value whose own relative error is larger than this says nothing: its terms cancelled."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,20 @@ EXACT = Measure(0.0, 0.0, 0.0, 0.0, True)
 
 
 def compare(
-    old: Any, new: Any, reference: Any, numeric: Numeric, tolerance: float = 0.0
+    old: Any,
+    new: Any,
+    reference: Any,
+    numeric: Numeric,
+    tolerance: float = 0.0,
+    magnitude: float = 0.0,
 ) -> Measure:
     """Judge ``new`` against ``old`` with the float64 ``reference``.
 
     Args:
         tolerance: for lossy rules, the largest relative RMS error against the reference.
+        magnitude: RMS of what the value was summed from. Where everything cancelled and the
+            original is noise itself (a bias before a batch norm has no gradient), rounding of
+            that size is allowed.
     """
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         same = type(old) is type(new) and bool(old == new)
@@ -61,18 +72,24 @@ def compare(
         return _failure("integer or boolean values differ")
     if not torch.equal(old.isfinite(), new.isfinite()):
         return _failure("infinities or NaN in other places")
-    return _judge(old, new, reference, numeric, tolerance)
+    return _judge(old, new, reference, numeric, tolerance, magnitude)
 
 
 def _judge(
-    old: Tensor, new: Tensor, reference: Tensor, numeric: Numeric, tolerance: float
+    old: Tensor,
+    new: Tensor,
+    reference: Tensor,
+    numeric: Numeric,
+    tolerance: float,
+    magnitude: float,
 ) -> Measure:
     exact = reference.to(torch.float64)
     was, now = _errors(old, exact), _errors(new, exact)
     eps = torch.finfo(old.dtype).eps
-    small = old.numel() <= SMALL
-    multiple = _multiple(old.dtype) * (4.0 if small else 1.0)
-    floor = FLOOR * eps * (4.0 if small else 1.0)
+    luck = _luck(old)
+    multiple, floor = _multiple(old.dtype) * luck, FLOOR * eps * luck
+    if was[0] > NOISE or old.dtype == torch.float64:  # in float64 the original is the reference
+        floor *= max(1.0, magnitude / (rms(exact) or 1.0))
     bound = tolerance if numeric is Numeric.LOSSY else multiple * was[0] + floor
     peak = math.inf if numeric is Numeric.LOSSY else 2 * multiple * was[1] + 4 * floor * now[2]
     ok = now[0] <= bound and now[1] <= peak
@@ -83,18 +100,29 @@ def _multiple(dtype: torch.dtype) -> float:
     return 3.0 if dtype in (torch.float16, torch.bfloat16) else 2.0
 
 
+def _luck(value: Tensor) -> float:
+    """How much more a few elements are allowed; less in half precision, whose rounding is coarse."""
+    if value.numel() > SMALL:
+        return 1.0
+    return 2.0 if value.dtype in (torch.float16, torch.bfloat16) else 4.0
+
+
 def _errors(value: Tensor, exact: Tensor) -> tuple[float, float, float]:
     """Relative RMS error, relative largest error, and the crest factor of the reference."""
     finite = exact.isfinite() & value.isfinite()
     wanted = torch.where(finite, exact, 0.0)
     error = torch.where(finite, value.to(torch.float64) - exact, 0.0)
-    scale = float(wanted.square().mean().sqrt()) if wanted.numel() else 0.0
-    if scale == 0.0:
-        scale = 1.0
-    rms = float(error.square().mean().sqrt()) if error.numel() else 0.0
+    scale = rms(wanted) or 1.0
     peak = float(error.abs().max()) if error.numel() else 0.0
     crest = float(wanted.abs().max()) if wanted.numel() else 0.0
-    return rms / scale, peak / scale, max(crest / scale, 1.0)
+    return rms(error) / scale, peak / scale, max(crest / scale, 1.0)
+
+
+def rms(value: Tensor) -> float:
+    """Root of the mean square of the finite elements; 0 where there are none."""
+    plain = value.to(torch.float64)
+    plain = plain[plain.isfinite()]
+    return float(plain.square().mean().sqrt()) if plain.numel() else 0.0
 
 
 def _relative(new: Tensor, reference: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from graphopt.program import OutputKind, Program
 from graphopt.rewrite.rule import Numeric
 from graphopt.rewrite.subgraph import float64_by_default, widen
-from graphopt.verify.measure import Measure, compare, worst
+from graphopt.verify.measure import Measure, compare, rms, worst
 from graphopt.verify.replay import SEED, _without_randomness
 
 
@@ -94,7 +94,12 @@ def _backward(
     generator = torch.Generator().manual_seed(SEED)
     drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
     cotangents = [d.to(r.device, r.dtype) for d, r in zip(drawn, results, strict=True)]
-    found = torch.autograd.grad(results, list(names.values()), cotangents, allow_unused=True)
+    try:
+        found = torch.autograd.grad(results, list(names.values()), cotangents, allow_unused=True)
+    except RuntimeError as error:
+        if "is not implemented" in str(error):  # the derivative of an operator
+            return {}
+        raise
     pairs = zip(names.items(), found, strict=True)
     return {k: torch.zeros_like(v) if g is None else g for (k, v), g in pairs}
 
@@ -102,17 +107,30 @@ def _backward(
 def compare_outcomes(
     old: Outcome, new: Outcome, reference: Outcome, numeric: Numeric
 ) -> tuple[Measure, Measure | None]:
-    """Measures of outputs and of gradients that both sides have (``None`` without gradients)."""
+    """Measures of outputs and of gradients (``None`` where the old program has no gradients)."""
     outputs = [
         compare(o, n, r, numeric)
         for o, n, r in zip(old.outputs, new.outputs, reference.outputs, strict=True)
     ]
-    shared = [k for k in old.gradients if k in new.gradients]
-    loose = Numeric.REASSOCIATED if numeric is Numeric.BITWISE else numeric
-    gradients = [
-        compare(old.gradients[k], new.gradients[k], reference.gradients[k], loose) for k in shared
-    ]
+    gradients = _compare_gradients(old.gradients, new.gradients, reference.gradients, numeric)
     return worst(outputs), worst(gradients) if gradients else None
+
+
+def _compare_gradients(
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    numeric: Numeric,
+) -> list[Measure]:
+    """A parameter that the new program does not have must have had no gradient."""
+    loose = Numeric.REASSOCIATED if numeric is Numeric.BITWISE else numeric
+    known = {name: new.get(name, torch.zeros_like(gradient)) for name, gradient in old.items()}
+    largest = max(map(rms, reference.values()), default=0.0)
+    return [
+        compare(old[k], known[k], reference[k], loose, magnitude=largest)
+        for k in old
+        if k in reference
+    ]
 
 
 def hash_inputs(inputs: Sequence[Any]) -> str:
