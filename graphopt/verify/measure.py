@@ -101,7 +101,7 @@ def _multiple(dtype: torch.dtype) -> float:
 
 
 def _luck(value: Tensor) -> float:
-    """How much more a few elements are allowed; less in half precision, whose rounding is coarse."""
+    """How much more a few elements are allowed; less in half precision, which is coarse."""
     if value.numel() > SMALL:
         return 1.0
     return 2.0 if value.dtype in (torch.float16, torch.bfloat16) else 4.0
