@@ -18,7 +18,7 @@ from graphopt.emit.onnx_translate import fuse_for_runtime, input_names, output_n
 from graphopt.emit.onnx_variants import separate_projections
 from graphopt.errors import ExportError
 from graphopt.files import atomic_path
-from graphopt.program import Program
+from graphopt.program import Assumption, Program
 from graphopt.verify.timing import Pace, interleaved
 
 EXTERNAL_ABOVE = 1_800_000_000
@@ -29,8 +29,8 @@ EXTERNAL_ABOVE = 1_800_000_000
 class OnnxResult:
     """What was written: names as the model gave them, fusions by kind, the measured error.
 
-    ``notes`` tell which of several forms ONNX Runtime was seen to run fastest, and for which inputs
-    its results are not torch's.
+    ``notes`` tell which of several forms ONNX Runtime was seen to run fastest, for which inputs its
+    results are not torch's, and which conditions on sizes the module checks but the file cannot.
     """
 
     path: Path
@@ -86,15 +86,20 @@ def export_onnx(
     if fuse and measure and find_spec("onnxruntime"):
         draft = _faster(draft, program, names, opset)
     draft.model.model.metadata_props["graphopt"] = _metadata(module)
-    target = Path(path)
+    target, conditions = Path(path), program.assumptions
     with atomic_path(target) as temporary:
         _save(draft.model, temporary, program)
-        error, notes = float("nan"), draft.notes
+        unchecked = (f"calls must keep to this, the file cannot: {_told(a)}" for a in conditions)
+        error, notes = float("nan"), (*draft.notes, *unchecked)
         if verify:
             found, seen = compare_with_runtime(program, temporary, *names)
             error, notes = found.rms, (*notes, *seen)
     size = target.stat().st_size
     return OnnxResult(target, *names, draft.fusions, error, size, notes)
+
+
+def _told(assumption: Assumption) -> str:
+    return assumption.reason or assumption.text
 
 
 @dataclass(frozen=True)

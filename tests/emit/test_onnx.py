@@ -141,3 +141,21 @@ def test_what_differs_elsewhere_too_is_still_refused(tmp_path, monkeypatch):
     with pytest.raises(VerificationError, match="off"):
         graphopt.export_onnx(module, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.shape[0] == 1 else x * 2
+
+
+def test_conditions_that_the_file_cannot_check_are_told(tmp_path):
+    module = graphopt.compile(
+        Branches().eval(),
+        example_inputs=(torch.randn(3, 4),),
+        dynamic_shapes=({0: "batch"},),
+        measure=False,
+    )
+    result = graphopt.export_onnx(module, tmp_path / "m.onnx")
+    told = [n for n in result.notes if "the file cannot" in n]
+    assert len(told) == len(module.program.assumptions) == 1
+    assert "at least 2" in told[0]
