@@ -41,14 +41,20 @@ class Context:
     progress: Progress = lambda _text: None
     report: Report = field(default_factory=lambda: Report("model"))
 
+    skipped: list[str] = field(default_factory=list)
+
     @classmethod
     def of(cls, program: Program, **options: Any) -> Context:
         """Inputs as captured, fresh values at sizes not seen at capture, and at sizes of 1."""
         captured, known = list(program.example_inputs), symbols_of(program)
         ones = [sizes for sizes in sizes_of_one(program) if sizes != known]
         fresh = [fresh_inputs(program, sizes) for sizes in (unseen_sizes(program), *ones)]
-        inputs = [captured, *fresh]
+        refused = {i: why for i, f in enumerate(fresh) if (why := _refused(program, f))}
+        inputs = [captured, *(f for i, f in enumerate(fresh) if i not in refused)]
         context = cls(inputs, **options)
+        context.skipped = [
+            f"random inputs were not tried: {w}" for w in dict.fromkeys(refused.values())
+        ]
         if context.measure:
             context.stopwatch = Stopwatch(train=not program.frozen)
         return context
@@ -61,6 +67,15 @@ class _Outcome:
     verdicts: dict[Key, Verdict]
     rejected: dict[Key, Verdict]
     seconds: float
+
+
+def _refused(program: Program, inputs: list[Any]) -> str | None:
+    """Why the program itself does not take these inputs (a loss of probabilities, say)."""
+    try:
+        run_program(program, inputs, wide=False, grad=False)
+    except RuntimeError as error:
+        return f"the model refuses them ({str(error).strip().splitlines()[0]})"
+    return None
 
 
 def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Program:

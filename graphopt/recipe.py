@@ -60,6 +60,7 @@ def rewrite_program(
     context = Context.of(program, strict=options.strict, measure=options.measure)
     context.inputs += _calibration_inputs(program, options.calibration)
     context.report, context.progress = report, options.progress
+    report.notes += context.skipped
     start = time.perf_counter()
     captured = _certify_capture(program, eager, report)
     optimized = run_passes(program, passes, context)

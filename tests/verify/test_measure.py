@@ -102,3 +102,10 @@ def test_gradients_that_cancel_do_not_alarm(dtype: torch.dtype, seed: int) -> No
     fast = graphopt.compile(model, example_inputs=(x,), measure=False)
     assert "RecognizeGelu" in {a.rule for a in fast.report.applied}
     assert fast.report.verified
+
+
+def test_values_that_the_model_itself_refuses_are_not_tried_and_that_is_told() -> None:
+    given = (torch.rand(60), torch.rand(60).round())
+    fast = graphopt.compile(nn.BCELoss().eval(), example_inputs=given, measure=False)
+    assert fast.report.verified
+    assert any("random inputs were not tried" in note for note in fast.report.notes)
