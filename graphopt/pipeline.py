@@ -13,10 +13,10 @@ from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSumma
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
-from graphopt.verify.inputs import fresh_inputs, sizes_of_one, symbols_of, unseen_sizes
 from graphopt.verify.replay import Replay, Verdict
 from graphopt.verify.timing import Stopwatch, pays
-from graphopt.verify.whole import compare_outcomes, hash_inputs, run_program
+from graphopt.verify.trials import hold, trial_inputs
+from graphopt.verify.whole import hash_inputs
 
 ROUNDS = 8
 """Times a pass is replayed after rewrites were taken back before it is given up."""
@@ -32,6 +32,7 @@ class Context:
         strict: raise on the first rewrite that does not verify, instead of taking it back.
         measure: time rewrites and keep only those that pay.
         inputs: sets of flat user inputs; the first is the captured one.
+        skipped: in words, inputs that the model itself refuses.
     """
 
     inputs: list[list[Any]]
@@ -40,21 +41,13 @@ class Context:
     stopwatch: Stopwatch | None = None
     progress: Progress = lambda _text: None
     report: Report = field(default_factory=lambda: Report("model"))
-
     skipped: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, program: Program, **options: Any) -> Context:
         """Inputs as captured, fresh values at sizes not seen at capture, and at sizes of 1."""
-        captured, known = list(program.example_inputs), symbols_of(program)
-        ones = [sizes for sizes in sizes_of_one(program) if sizes != known]
-        fresh = [fresh_inputs(program, sizes) for sizes in (unseen_sizes(program), *ones)]
-        refused = {i: why for i, f in enumerate(fresh) if (why := _refused(program, f))}
-        inputs = [captured, *(f for i, f in enumerate(fresh) if i not in refused)]
-        context = cls(inputs, **options)
-        context.skipped = [
-            f"random inputs were not tried: {w}" for w in dict.fromkeys(refused.values())
-        ]
+        inputs, skipped = trial_inputs(program)
+        context = cls(inputs, skipped=skipped, **options)
         if context.measure:
             context.stopwatch = Stopwatch(train=not program.frozen)
         return context
@@ -67,15 +60,6 @@ class _Outcome:
     verdicts: dict[Key, Verdict]
     rejected: dict[Key, Verdict]
     seconds: float
-
-
-def _refused(program: Program, inputs: list[Any]) -> str | None:
-    """Why the program itself does not take these inputs (a loss of probabilities, say)."""
-    try:
-        run_program(program, inputs, wide=False, grad=False)
-    except RuntimeError as error:
-        return f"the model refuses them ({str(error).strip().splitlines()[0]})"
-    return None
 
 
 def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Program:
@@ -273,11 +257,7 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
 def _certify_once(
     original: Program, optimized: Program, inputs: list[Any], numeric: Numeric, name: str
 ) -> tuple[Certificate, bool]:
-    grad = not original.frozen
-    old = run_program(original, inputs, wide=False, grad=grad)
-    new = run_program(optimized, inputs, wide=False, grad=grad)
-    exact = run_program(original, inputs, wide=True, grad=grad)
-    outputs, gradients = compare_outcomes(old, new, exact, numeric)
+    outputs, gradients = hold(original, optimized, inputs, numeric)
     ok = outputs.ok and (gradients is None or gradients.ok)
     notes = tuple(m.note for m in (outputs, gradients) if m is not None and m.note)
     certificate = Certificate(

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import VerificationError
 from graphopt.program import Program, is_random
 from graphopt.rewrite.rule import Numeric
-from graphopt.verify.inputs import fresh_inputs, unseen_sizes
 from graphopt.verify.measure import Measure, worst
-from graphopt.verify.whole import compare_outcomes, run_program
+from graphopt.verify.trials import Lower, hold, trial_inputs
 
 if TYPE_CHECKING:
     from graphopt.recipe import Options
-
-Lower = Callable[[fx.GraphModule], Callable[..., Any]]
 
 
 def to_inductor(module: OptimizedModule, original: Program, options: Options) -> None:
@@ -51,9 +47,7 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
 
 def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | None:
     """What is wrong with the compiled graph, in words; ``None`` where nothing is."""
-    sets = [list(original.example_inputs)]
-    if original.range_constraints:
-        sets.append(fresh_inputs(original, unseen_sizes(original)))
+    sets, _ = trial_inputs(original, ones=False)
     try:
         found = [_measure(module.program, original, inputs, lower) for inputs in sets]
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -63,9 +57,5 @@ def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | No
 
 
 def _measure(program: Program, original: Program, inputs: Sequence[Any], lower: Lower) -> Measure:
-    grad = not original.frozen
-    old = run_program(original, inputs, wide=False, grad=grad)
-    exact = run_program(original, inputs, wide=True, grad=grad)
-    new = run_program(program, inputs, wide=False, grad=grad, lower=lower)
-    outputs, gradients = compare_outcomes(old, new, exact, Numeric.REASSOCIATED)
+    outputs, gradients = hold(original, program, inputs, Numeric.REASSOCIATED, lower=lower)
     return worst([outputs] if gradients is None else [outputs, gradients])

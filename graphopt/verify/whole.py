@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -40,25 +40,36 @@ def run_program(
     """Execute with dropout off; in float64 throughout where ``wide``, through ``lower`` if given.
 
     Gradients are of the sum of all floating outputs times a fixed random cotangent, with respect to
-    every parameter (by its name) and every floating user input (by its placeholder's name).
+    every parameter (by its name) and every floating user input (by its placeholder's name). Where
+    an operator takes no gradient for an input (some losses for their target), user inputs get none.
     """
     graph = _without_randomness(program.graph)
     graph = widen(graph) if wide else graph
     module = fx.GraphModule(program.graph_module, graph)
-    leaves = _leaves(program, inputs, wide=wide, grad=grad)
-    flat = [leaves[n.name] for n in program.placeholders()]
+    call = lower(module) if lower else fx.Interpreter(module).run
+    asked = program.differentiable() if grad else frozenset()
     dtypes = float64_by_default() if wide else nullcontext()
     with dtypes, torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        outputs = tuple((lower(module) if lower else fx.Interpreter(module).run)(*flat))
-        gradients = _backward(program, leaves, outputs) if grad else {}
-    plain = tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
-    return Outcome(plain, gradients)
+        try:
+            return _run(program, call, _leaves(program, inputs, asked, wide=wide))
+        except RuntimeError as error:
+            if not asked or "is not differentiable with respect to" not in str(error):
+                raise
+            asked &= {node.name for node in program.state_nodes()}
+            return _run(program, call, _leaves(program, inputs, asked, wide=wide))
 
 
-def _leaves(program: Program, inputs: Sequence[Any], *, wide: bool, grad: bool) -> dict[str, Any]:
+def _run(program: Program, call: Callable[..., Any], leaves: Mapping[str, Any]) -> Outcome:
+    torch.manual_seed(SEED)
+    outputs = tuple(call(*[leaves[n.name] for n in program.placeholders()]))
+    gradients = _backward(program, leaves, outputs)
+    return Outcome(tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs), gradients)
+
+
+def _leaves(
+    program: Program, inputs: Sequence[Any], asked: Collection[str], *, wide: bool
+) -> dict[str, Any]:
     given = iter(inputs)
-    asked = program.differentiable() if grad else frozenset()
     made: dict[int, Any] = {}
     found = {}
     for node in program.placeholders():
@@ -82,6 +93,7 @@ def _leaf(value: Any, *, wide: bool, grad: bool) -> Any:
 def _backward(
     program: Program, leaves: Mapping[str, Any], outputs: Sequence[Any]
 ) -> dict[str, Tensor]:
+    """Gradients of those leaves that ask for one."""
     user = [o for o, s in zip(outputs, program.outputs, strict=True) if s.kind is OutputKind.USER]
     results = [o for o in user if isinstance(o, Tensor) and o.requires_grad]
     names = {
@@ -105,14 +117,25 @@ def _backward(
 
 
 def compare_outcomes(
-    old: Outcome, new: Outcome, reference: Outcome, numeric: Numeric
+    old: Outcome,
+    new: Outcome,
+    reference: Outcome,
+    numeric: Numeric,
+    rounded: Sequence[Outcome] = (),
 ) -> tuple[Measure, Measure | None]:
-    """Measures of outputs and of gradients (``None`` where the old program has no gradients)."""
+    """Measures of outputs and of gradients (``None`` where the old program has no gradients).
+
+    Args:
+        rounded: the old program again, with random rounding.
+    """
     outputs = [
-        compare(o, n, r, numeric)
-        for o, n, r in zip(old.outputs, new.outputs, reference.outputs, strict=True)
+        compare(o, n, r, numeric, rounded=[m.outputs[i] for m in rounded])
+        for i, (o, n, r) in enumerate(zip(old.outputs, new.outputs, reference.outputs, strict=True))
     ]
-    gradients = _compare_gradients(old.gradients, new.gradients, reference.gradients, numeric)
+    again = [m.gradients for m in rounded]
+    gradients = _compare_gradients(
+        old.gradients, new.gradients, reference.gradients, numeric, again
+    )
     return worst(outputs), worst(gradients) if gradients else None
 
 
@@ -121,13 +144,21 @@ def _compare_gradients(
     new: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     numeric: Numeric,
+    rounded: Sequence[Mapping[str, Tensor]],
 ) -> list[Measure]:
     """A parameter that the new program does not have must have had no gradient."""
     loose = Numeric.REASSOCIATED if numeric is Numeric.BITWISE else numeric
     known = {name: new.get(name, torch.zeros_like(gradient)) for name, gradient in old.items()}
     largest = max(map(rms, reference.values()), default=0.0)
     return [
-        compare(old[k], known[k], reference[k], loose, magnitude=largest)
+        compare(
+            old[k],
+            known[k],
+            reference[k],
+            loose,
+            magnitude=largest,
+            rounded=[m[k] for m in rounded],
+        )
         for k in old
         if k in reference
     ]

@@ -22,7 +22,8 @@ original: outputs, and in training mode the gradients of every parameter.
 - **rewrites**: how many were kept, by pass. Nothing is timed here, so none is dropped as slower.
 - **outputs**, **gradients**: the largest relative RMS difference from the original in float32. More
   than {forward:.0e} (outputs) or {gradient:.0e} (gradients) is marked as a difference, unless the
-  result is as near to the original in float64 as the original in float32 is.
+  result is as near to the original in float64 as the original in float32 is, with its weights
+  moved by a rounding or not.
 
 Made on {date} with {versions}, on {machine}. `make sweep` makes it again.
 

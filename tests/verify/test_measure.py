@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
+from graphopt.verify import trials
 from graphopt.verify.measure import compare, rms
+from graphopt.verify.trials import DRAWS, hold, rounded_runs
 from graphopt.verify.whole import Outcome, compare_outcomes, run_program
 
 LOOSE = Numeric.REASSOCIATED
@@ -102,6 +108,93 @@ def test_gradients_that_cancel_do_not_alarm(dtype: torch.dtype, seed: int) -> No
     fast = graphopt.compile(model, example_inputs=(x,), measure=False)
     assert "RecognizeGelu" in {a.rule for a in fast.report.applied}
     assert fast.report.verified
+
+
+class Magnifying(nn.Module):
+    """Squares centred values again and again: a rounding grows at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(8):
+            x = 1 - 2 * (x * self.weight) ** 2
+        return x
+
+
+def chaotic() -> tuple[Program, list[torch.Tensor]]:
+    x = torch.rand(200, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
+    return capture(Magnifying().eval(), (x,)), [x]
+
+
+def test_a_model_that_magnifies_rounding_is_held_to_what_rounding_does_to_it() -> None:
+    program, inputs = chaotic()
+    others = rounded_runs(program, inputs)
+    assert len({run.outputs[0].sum().item() for run in others}) == DRAWS
+    reference = run_program(program, inputs, wide=True, grad=False).outputs[0]
+    near = [reference.float()]  # as if one run had been exact by luck
+    far = others[0].outputs[0]
+    assert not compare(near[0], far, reference, LOOSE).ok
+    assert compare(near[0], far, reference, LOOSE, rounded=[m.outputs[0] for m in others[1:]]).ok
+
+
+def test_one_percent_fails_however_sensitive_the_model() -> None:
+    exact = torch.randn(200, dtype=torch.float64)
+    wild = [torch.randn(200) for _ in range(DRAWS)]
+    assert not compare(exact.float(), exact.float() * 1.01, exact, LOOSE, rounded=wild).ok
+    assert compare(exact.float(), exact.float() * 1.001, exact, LOOSE, rounded=wild).ok
+
+
+def test_random_rounding_keeps_what_is_not_finite_and_what_is_whole() -> None:
+    program = capture(nn.Threshold(0.0, float("-inf")).eval(), (torch.randn(50),))
+    (run, *_) = rounded_runs(program, [torch.tensor([-1.0, 3.0] * 25)])
+    assert torch.equal(run.outputs[0].isinf(), torch.tensor([True, False] * 25))
+    counted = capture(Counted().eval(), (torch.arange(6),))
+    assert torch.equal(rounded_runs(counted, [torch.arange(6)])[0].outputs[0], torch.arange(6) + 1)
+
+
+class Counted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+def test_the_whole_is_judged_with_random_rounding_where_it_would_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, inputs = chaotic()
+    lucky = run_program(program, inputs, wide=True, grad=False).outputs[0].float()
+    monkeypatch.setattr(trials, "run_program", _lucky_once(lucky))
+    assert hold(program, program, inputs, LOOSE)[0].ok
+
+
+def _lucky_once(lucky: torch.Tensor) -> Callable[..., Outcome]:
+    """`run_program`, but the first run (the original in float32) is exact."""
+    calls = []
+
+    def run(*args: Any, **kwargs: Any) -> Outcome:
+        calls.append(args)
+        return Outcome((lucky,), {}) if len(calls) == 1 else run_program(*args, **kwargs)
+
+    return run
+
+
+def test_a_target_that_takes_no_gradient_leaves_those_of_the_weights() -> None:
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return nn.functional.soft_margin_loss(self.linear(x), y)
+
+    given = (torch.randn(3, 4), torch.randn(3, 4).sign())
+    program = capture(Scored().train(), given)
+    assert set(run_program(program, given, wide=False, grad=True).gradients) == {
+        "linear.weight",
+        "linear.bias",
+    }
+    assert graphopt.compile(Scored().train(), example_inputs=given).report.verified
 
 
 def test_values_that_the_model_itself_refuses_are_not_tried_and_that_is_told() -> None:
