@@ -65,7 +65,11 @@ def _values(
     if parameter is None or parameter.kind is not parameter.VAR_POSITIONAL or spec is None:
         yield (*values[0], name, spec)
         return
-    inner = dict(enumerate(spec)) if not isinstance(spec, Mapping) else spec
+    each = "a sequence with one entry each, such as ({0: 'batch'}, None)"
+    inner = dict(enumerate(_entries(name, spec, each))) if not isinstance(spec, Mapping) else spec
+    if wrong := [v for v in inner.values() if _names_axis(v)]:
+        what = f"has {len(values)} values, dynamic_shapes gives {wrong[0]!r} for one"
+        raise _misfit(name, what, f"give {each}")
     if unknown := [i for i in inner if i not in range(len(values))]:
         raise _misfit(name, f"has {len(values)} values, no value {unknown[0]!r}", "give one each")
     for index, (path, value) in enumerate(values):
@@ -77,7 +81,7 @@ def _by_argument(
 ) -> dict[str, Any]:
     if isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != len(arguments):
-            raise _wrong(f"has {len(given)} entries for {len(arguments)} inputs", arguments)
+            raise _wrong(f"has {len(given)} entries for {len(arguments)} arguments", arguments)
         return dict(zip(arguments, given, strict=True))
     if not isinstance(given, Mapping):
         raise _wrong(f"is a {type(given).__name__}", arguments)
@@ -94,12 +98,15 @@ def _by_argument(
     return flat
 
 
-def _wrong(what: str, arguments: Mapping[str, Any]) -> CaptureError:
+def _wrong(what: str, arguments: Mapping[str, list[Any]]) -> CaptureError:
+    name, values = next(iter(arguments.items()), ("x", [None]))
+    axes = ", ".join(['{0: "batch"}'] * len(values))
+    axes = axes if len(values) == 1 else f"({axes})"
     return CaptureError(
         f"dynamic_shapes {what}",
         where="dynamic_shapes",
         fix=f"use the names of the inputs: {', '.join(arguments)}; for example "
-        f'{{"{next(iter(arguments), "x")}": {{0: "batch"}}}}',
+        f'{{"{name}": {axes}}}',
     )
 
 
@@ -129,12 +136,22 @@ def _pair(
                 raise _misfit(label, f"has no entry {name!r}", f"it has {list(known)}")
             yield (*known[name], inner)
     else:
-        inners = tuple(spec)
+        inners = _entries(label, spec, "a dict or a sequence")
         if len(inners) != len(children):
             what = f"has {len(children)} entries, dynamic_shapes gives {len(inners)}"
             raise _misfit(label, what, "give one entry each, None where static")
         for (path, child), inner in zip(children, inners, strict=True):
             yield path[0], child, inner
+
+
+def _entries(label: str, spec: Any, wanted: str) -> tuple[Any, ...]:
+    if isinstance(spec, str) or not isinstance(spec, Sequence):
+        raise _misfit(label, f"is declared as {spec!r}", f"give {wanted}")
+    return tuple(spec)
+
+
+def _names_axis(spec: Any) -> bool:
+    return isinstance(spec, str | Dim | _DimHint)
 
 
 def _key(key: Any) -> Any:
@@ -146,10 +163,11 @@ def _key(key: Any) -> Any:
 
 def _tensor_axes(value: Tensor, spec: Any, path: Path, label: str) -> Iterator[Axis]:
     if not isinstance(spec, Mapping):
-        if isinstance(spec, str) or len(spec := tuple(spec)) != value.dim():
+        entries = _entries(label, spec, "a dict {axis: name}")
+        if len(entries) != value.dim():
             what = f"has {value.dim()} axes, dynamic_shapes gives {spec!r}"
             raise _misfit(label, what, "give a dict {axis: name}")
-        spec = dict(enumerate(spec))
+        spec = dict(enumerate(entries))
     for index, given in spec.items():
         if not isinstance(index, int) or not -value.dim() <= index < value.dim():
             what = f"has {value.dim()} axes, but dynamic_shapes names axis {index!r}"

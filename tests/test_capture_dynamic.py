@@ -232,13 +232,17 @@ def test_a_dynamic_number_is_an_input() -> None:
         InputGuard(program)([example, 9])
 
 
+BATCH = {0: "batch"}
+
 WRONG: dict[str, tuple[Any, str]] = {
     "an unknown input": ({"idx": TOKENS}, "names 'idx'"),
     "an unknown axis": ({"ids": {5: "batch"}}, "names axis 5"),
-    "too few inputs": ((TOKENS, TOKENS, TOKENS), "3 entries for 2 inputs"),
+    "too few inputs": ((TOKENS, TOKENS, TOKENS), "3 entries for 2 arguments"),
     "too few axes": (({0: "a"}, ("a",)), "mask has 2 axes"),
     "not a name": ({"ids": {0: "2*batch"}}, "declared as '2*batch'"),
     "not a mapping": (7, "is a int"),
+    "a number for an input": ({"ids": 7}, "ids is declared as 7"),
+    "a name for an input": ({"ids": "batch"}, "ids is declared as 'batch'"),
     "two sizes for one name": ({"ids": {0: "n", 1: "n"}}, "`n` is 2 in ids but 7 in ids"),
     "out of its own range": ({"ids": {0: Dim("n", max=1)}}, "between 1 and 1 but 2"),
 }
@@ -249,6 +253,34 @@ def test_a_wrong_declaration_is_refused(name: str) -> None:
     spec, what = WRONG[name]
     with pytest.raises(CaptureError) as caught:
         capture(Encoder(), tokens(2, 7), dynamic_shapes=spec)
+    assert what in caught.value.what and caught.value.fix
+
+
+class Summed(nn.Module):
+    def forward(self, *values: Tensor) -> Tensor:
+        return torch.stack([value.square() for value in values]).sum()
+
+
+@pytest.mark.parametrize("spec", [{"values": (BATCH, BATCH)}, ((BATCH, BATCH),)])
+def test_axes_of_several_values_behind_one_name(spec: Any) -> None:
+    program = capture(Summed(), (torch.rand(3, 2), torch.rand(3, 2)), dynamic_shapes=spec)
+    given = torch.rand(5, 2), torch.rand(5, 2)
+    torch.testing.assert_close(program.run(given)[0], Summed()(*given))
+
+
+WRONG_FOR_SEVERAL: dict[str, tuple[Any, str]] = {
+    "axes without a sequence": ({"values": BATCH}, "has 2 values, dynamic_shapes gives 'batch'"),
+    "one entry each, not nested": ((BATCH, BATCH), "2 entries for 1 arguments"),
+    "a number": ({"values": 3}, "declared as 3"),
+    "one too many": ({"values": (BATCH, BATCH, BATCH)}, "has 2 values, no value 2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FOR_SEVERAL)
+def test_a_wrong_declaration_for_several_values_is_refused(name: str) -> None:
+    spec, what = WRONG_FOR_SEVERAL[name]
+    with pytest.raises(CaptureError) as caught:
+        capture(Summed(), (torch.rand(3, 2), torch.rand(3, 2)), dynamic_shapes=spec)
     assert what in caught.value.what and caught.value.fix
 
 
