@@ -12,6 +12,7 @@ from graphopt.passes.composites.activations import (
 )
 from graphopt.passes.composites.attention import RecognizeAttention
 from graphopt.passes.composites.norms import RecognizeLayerNorm, RecognizeRMSNorm
+from graphopt.passes.composites.sigmoid import RecognizeSigmoid
 from graphopt.passes.composites.softmax import RecognizeSoftmax
 from graphopt.rewrite import Pass, Rule
 
@@ -31,6 +32,7 @@ class RecognizeComposites(Pass):
 
     def rules(self) -> Sequence[Rule]:
         norms = (RecognizeLayerNorm(), RecognizeRMSNorm())
-        activations = (RecognizeGelu(), RecognizeSilu(), RecognizeHardswish())
+        sigmoids = (RecognizeSigmoid(), RecognizeSilu())
+        activations = (RecognizeGelu(), *sigmoids, RecognizeHardswish())
         attention = RecognizeAttention(self.assume_visible)
         return (attention, RecognizeSoftmax(), *norms, *activations)
