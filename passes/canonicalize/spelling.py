@@ -76,12 +76,16 @@ class Square(Identity):
 
 
 class Root(Identity):
-    """``pow(x, 0.5) = sqrt(x)`` and ``pow(x, -0.5) = rsqrt(x)``, for floating ``x``."""
+    """``pow(x, 0.5) = sqrt(x)`` and ``pow(x, -0.5) = rsqrt(x)``, for floating ``x``.
+
+    In half precision ``pow`` rounds the root before it inverts it, and ``rsqrt`` does not.
+    """
 
     pattern = op(aten.pow.Tensor_Scalar, _FLOAT, num("power"))
 
     def applies(self, match: Match) -> bool:
-        return match["power"] in (0.5, -0.5)
+        wide = match.val("x").dtype in (torch.float32, torch.float64)
+        return match["power"] == 0.5 or (match["power"] == -0.5 and wide)
 
     def rewrite(self, match: Match, build: Builder) -> Any:
         target = aten.sqrt.default if match["power"] > 0 else aten.rsqrt.default
@@ -95,6 +99,9 @@ class Root(Identity):
     def near_misses(self) -> Iterable[Example]:
         yield case("other power", lambda x: x.abs() ** 0.25)
         yield case("integers", lambda x: x**0.5, torch.arange(3))
+        for dtype in (torch.float16, torch.bfloat16):
+            positive = 3 * torch.rand(1000).to(dtype)
+            yield case(f"reciprocal root in {dtype}", lambda x: x**-0.5, positive)
 
 
 class ReversedSub(Identity):
