@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.program import Program, operator_name
+from graphopt.program import Program, operator_name, val
 from graphopt.rewrite.pattern import COMMUTATIVE, Either, Num, Op, Var, anchors, pattern_depth
 
 
@@ -211,19 +211,36 @@ class Matcher:
         self.trace.note(len(env.nodes), culprit, reason)
 
     def number(self, value: Any) -> float | None:
-        """The number a literal or a constant one-element tensor stands for, else ``None``."""
+        """The number a literal or a constant tensor without axes stands for, else ``None``.
+
+        A tensor of one element that has axes is no number: it lends them to what it meets.
+        """
         if isinstance(value, bool):
             return None
         if isinstance(value, int | float):
             return float(value)
         if not isinstance(value, fx.Node):
             return None
-        if value.target in (torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default):
-            return self.number(value.args[-1])
-        if self.program.is_constant(value):
-            tensor = self.program.tensor(value)
-            return float(tensor) if tensor.numel() == 1 and tensor.dim() == 0 else None
-        return None
+        if value.target in _FILLED:
+            return self._filled(value)
+        return _item(self.program.tensor(value)) if self.program.is_constant(value) else None
+
+    def _filled(self, node: fx.Node) -> float | None:
+        """The number that ``full`` or ``scalar_tensor`` holds, in its own dtype."""
+        fill, fake = arguments(node)[_FILLED[node.target]], val(node)
+        if self.number(fill) is None or fake.dim():
+            return None
+        return _item(torch.tensor(fill, dtype=fake.dtype))
+
+
+_FILLED: dict[Any, str] = {
+    torch.ops.aten.full.default: "fill_value",
+    torch.ops.aten.scalar_tensor.default: "s",
+}
+
+
+def _item(tensor: torch.Tensor) -> float | None:
+    return None if tensor.dim() or tensor.is_complex() else float(tensor)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from ctypes import c_float
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
 
 import torch
-from torch import fx
 
 aten = torch.ops.aten
 
@@ -34,16 +34,21 @@ class Var:
 
 @dataclass(frozen=True)
 class Num:
-    """Binds a number: a Python scalar or a constant one-element tensor.
+    """Binds a number: a Python scalar or a constant tensor without axes.
 
-    ``value`` demands that number (relative tolerance 1e-6, so that float32 constants match).
+    ``value`` demands that number: exactly where float32 holds it, such as 1 or 0.5, else with a
+    relative tolerance of 1e-6, so that float32 constants match.
     """
 
     name: str | None = None
     value: float | None = None
 
     def accepts(self, number: float) -> bool:
-        return self.value is None or math.isclose(number, self.value, rel_tol=1e-6, abs_tol=1e-12)
+        if self.value is None or number == self.value:
+            return True
+        if _in_float32(self.value):
+            return False
+        return math.isclose(number, self.value, rel_tol=1e-6, abs_tol=1e-12)
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,8 @@ def either(*options: Any) -> Either:
     return Either(tuple(_lift(o) for o in options))
 
 
-def node_of(target: Callable[..., Any]) -> Callable[[Any], bool]:
-    """Predicate: the value is a node that calls ``target``."""
-    return lambda value: isinstance(value, fx.Node) and value.target is target
+def _in_float32(value: float) -> bool:
+    return c_float(value).value == value
 
 
 def _lift(value: Any) -> Any:

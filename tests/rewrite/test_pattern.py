@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphopt
 from graphopt.capture import capture
 from graphopt.rewrite import Matcher, either, num, op, var
 
@@ -85,6 +86,53 @@ def test_constant_tensor_counts_as_number_only_if_it_is_one():
     (found,) = matches(capture(Scaled(()).eval(), (torch.randn(2, 4),)), pattern)
     assert found["c"] == 3.0
     assert not matches(capture(Scaled((4,)).eval(), (torch.randn(2, 4),)), pattern)
+
+
+@pytest.mark.parametrize(
+    ("other", "number"),
+    [
+        (lambda: torch.full((), 0.5), 0.5),
+        (lambda: torch.full((), 2.75, dtype=torch.int64), 2.0),
+        (lambda: torch.full((), 0.1, dtype=torch.float16), 0.0999755859375),
+        (lambda: aten.scalar_tensor(3.0), 3.0),
+        (lambda: torch.full((1,), 0.5), None),
+        (lambda: torch.full((1, 1, 1), 0.5), None),
+        (lambda: torch.full((2, 4), 0.5), None),
+        (lambda: torch.full((), 1j), None),
+        (lambda: torch.full((), True), None),
+    ],
+)
+def test_filled_tensor_counts_as_number_only_without_axes(other, number):
+    found = matches(program_of(lambda x: x * other()), op(aten.mul.Tensor, "x", num("c")))
+    assert [m["c"] for m in found] == ([] if number is None else [number])
+
+
+def test_complex_constant_is_no_number():
+    unit = torch.tensor(1j)
+    assert not matches(program_of(lambda x: x * unit), op(aten.mul.Tensor, "x", num("c")))
+
+
+def test_filled_tensor_keeps_the_axes_it_lends():
+    """Three axes times ``full((1, 1, 1, 1), ...)`` are four: the factor is no plain scale."""
+
+    def attention(q, k, v):
+        scores = (q * torch.full((1, 1, 1, 1), 0.5)) @ k.transpose(-1, -2)
+        return torch.softmax(scores, -1) @ v
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(3, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8))
+    model = Fn(attention).eval()
+    fast = graphopt.compile(model, example_inputs=inputs, measure=False)
+    assert torch.allclose(fast(*inputs), model(*inputs), atol=1e-5)
+
+
+def test_numbers_that_float32_holds_must_be_exact():
+    double = torch.randn(2, 4, dtype=torch.float64)
+    for near, wanted in ((1.0000001, 1), (-1.0000001, -1), (0.50000001, 0.5)):
+        program = program_of(lambda x, c=near: x * c, double)
+        assert not matches(program, op(aten.mul.Tensor, "x", num(wanted)))
+    root = program_of(lambda x: x * 0.7071068)
+    assert matches(root, op(aten.mul.Tensor, "x", num(0.5**0.5)))
 
 
 def test_unmentioned_arguments_must_have_their_defaults():
