@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from graphopt.capture import capture
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError, VerificationError
 from graphopt.original import run_original
-from graphopt.presets import Recipe
+from graphopt.presets import Recipe, resolve
 from graphopt.program import Program
 from graphopt.recipe import Options, rewrite_program
 from graphopt.report.model import Certificate, Report
@@ -60,13 +62,13 @@ def compile(
         VerificationError: the result is wrong (always for the whole, with ``strict`` for any part).
     """
     _check_target(target, providers)
-    options = Options(
-        passes, calibration, quality, budget, target, strict, measure, progress or (lambda _t: None)
-    )
+    told, steps = progress or (lambda _text: None), resolve(passes)
+    options = Options(steps, calibration, quality, budget, target, strict, measure, told)
     if example_inputs is None and example_kwargs is None:
         from graphopt.backend import compile_dynamic
 
-        return compile_dynamic(model, options)
+        _check_dynamic(options)
+        return compile_dynamic(model, options, dynamic_shapes)
     options.progress("capture")
     program, eager = capture_model(model, example_inputs, example_kwargs, dynamic_shapes)
     return optimize_program(program, options, eager=eager, original=model)
@@ -81,7 +83,7 @@ def explain(
     passes: Recipe = "exact",
 ) -> Report:
     """The report `compile` would give, with the model left as it is."""
-    options = Options(passes)
+    options = Options(resolve(passes))
     program, eager = capture_model(model, example_inputs, example_kwargs, dynamic_shapes)
     return rewrite_program(program, options, eager)[1]
 
@@ -96,6 +98,17 @@ def _check_target(target: str, providers: Sequence[str] | None) -> None:
         raise GraphoptError(
             f"providers have no meaning for target {target!r}", fix="leave providers out"
         )
+
+
+def _check_dynamic(options: Options) -> None:
+    """What is held against one whole program has no meaning for graphs compiled one by one."""
+    for name in ("calibration", "quality"):
+        if getattr(options, name) is not None:
+            raise GraphoptError(
+                f"{name} is held against one whole graph, but without example_inputs there is none",
+                where=name,
+                fix="pass example_inputs",
+            )
 
 
 def capture_model(
@@ -145,7 +158,7 @@ def _hold_quality(module: OptimizedModule, original: nn.Module | None, options: 
     if options.quality is None or original is None:
         return
     options.progress("quality")
-    before, after = options.quality(original), options.quality(module)
+    before, after = (_score(options.quality, m) for m in (original, module))
     module.report.notes.append(f"quality {before:.6g} before, {after:.6g} after")
     if before - after > options.budget:
         raise VerificationError(
@@ -154,8 +167,29 @@ def _hold_quality(module: OptimizedModule, original: nn.Module | None, options: 
         )
 
 
+def _score(quality: Callable[[nn.Module], float], module: nn.Module) -> float:
+    found: Any = quality(module)
+    if isinstance(found, Tensor) and found.numel() == 1 and not found.is_complex():
+        found = found.item()
+    if not isinstance(found, Real) or not math.isfinite(found):
+        shown = f"{type(found).__name__} {found!r:.60}"
+        raise GraphoptError(
+            f"quality gave {shown}, and not a finite number",
+            where="quality",
+            fix="return one float, higher is better",
+        )
+    return float(found)
+
+
 def _worst(certificates: Sequence[Certificate]) -> str:
+    """The first certificate that says what is wrong, with the measures that failed."""
     bad = [c for c in certificates if c.notes]
     if not bad:
         return "see the report"
-    return f"{bad[0].rule}: {', '.join(bad[0].notes)} (error {bad[0].error:.2g})"
+    found = bad[0]
+    measures = [("outputs", found.error, found.bound)]
+    if found.gradient_error is not None and found.gradient_bound is not None:
+        measures.append(("gradients", found.gradient_error, found.gradient_bound))
+    above = [m for m in measures if not m[1] <= m[2]] or measures  # a single entry may be too far
+    shown = "; ".join(f"{name}: error {e:.2g}, allowed {bound:.2g}" for name, e, bound in above)
+    return f"{found.rule}: {', '.join(found.notes)} ({shown})"

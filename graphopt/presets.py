@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,24 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "small": (*EXACT, "ShareWeights", "QuantizeMatmul:bits=4,group_size=32"),
 }
 
-Recipe = str | Path | Sequence[Pass | str | Mapping[str, Any]]
+Step = Pass | str | Mapping[str, Any]
+Recipe = str | Path | Pass | Sequence[Step]
 
 
 def resolve(recipe: Recipe) -> list[Pass]:
-    """Passes of a preset name, a YAML file, or a sequence of passes, strings or mappings.
+    """Passes of a preset name, a YAML file, one pass, or a sequence of passes, strings or mappings.
 
     Raises:
-        RecipeError: an unknown preset, pass or option, or a preset whose passes are not installed.
+        RecipeError: an unknown preset, pass or option, a preset whose passes are not installed, or
+            something that is no recipe at all.
     """
     if isinstance(recipe, str) and recipe in PRESETS:
         return [_preset_pass(spelled, recipe) for spelled in PRESETS[recipe]]
     if isinstance(recipe, str | Path):
         return _from_file(recipe)
-    return [_step(item, "passes") for item in recipe]
+    if isinstance(recipe, Pass):
+        return [recipe]
+    return _steps(recipe, "passes")
 
 
 def _preset_pass(spelled: str, preset: str) -> Pass:
@@ -68,7 +72,18 @@ def _from_file(recipe: str | Path) -> list[Pass]:
     if not isinstance(data, Mapping):
         raise RecipeError("a recipe is a mapping with the key 'passes'", where=str(path))
     check_keys(data, ("passes", "name", "notes"), where=str(path))
-    return [_step(item, str(path)) for item in data.get("passes") or ()]
+    given = data.get("passes")
+    return [] if given is None else _steps(given, str(path))
+
+
+def _steps(items: Any, where: str) -> list[Pass]:
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise RecipeError(
+            f"the passes are a list, but {items!r:.80} was given",
+            where=where,
+            fix=f"write a list of passes, or one of {', '.join(PRESETS)} in place of a list",
+        )
+    return [_step(item, where) for item in items]
 
 
 def _step(item: Any, where: str) -> Pass:
@@ -79,9 +94,9 @@ def _step(item: Any, where: str) -> Pass:
         return parse_pass(item)
     if isinstance(item, Mapping) and len(item) == 1:
         name, options = next(iter(item.items()))
-        return make_pass(str(name), options or {}, where)
+        return make_pass(str(name), options, where)
     raise RecipeError(
-        f"cannot read {item!r} as a pass", where=where, fix="write NAME: {key: value}"
+        f"cannot read {item!r:.80} as a pass", where=where, fix="write NAME: {key: value}"
     )
 
 

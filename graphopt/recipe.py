@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from graphopt.errors import GraphoptError
 from graphopt.pipeline import Context, certify, run_passes
 from graphopt.presets import Recipe, resolve, to_recipe
 from graphopt.program import Program
@@ -49,6 +51,24 @@ class Options:
     strict: bool = False
     measure: bool = True
     progress: Callable[[str], None] = field(default=lambda _text: None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, Tensor | Mapping | str) or not isinstance(
+            self.calibration, Iterable | None
+        ):
+            raise GraphoptError(
+                f"calibration is a sequence of inputs, not {type(self.calibration).__name__}",
+                where="calibration",
+                fix="calibration=[first, second], each a tensor, tuple or dict",
+            )
+        if self.quality is not None and not callable(self.quality):
+            raise GraphoptError(
+                f"quality is a function of a module, not {type(self.quality).__name__}",
+                where="quality",
+                fix="quality=lambda module: accuracy(module)",
+            )
+        if not isinstance(self.budget, Real) or self.budget != self.budget:
+            raise GraphoptError(f"the budget is a number, not {self.budget!r}", where="budget")
 
 
 def rewrite_program(
@@ -124,16 +144,33 @@ def _capture_certificate(found: Any, program: Program) -> Certificate:
 
 
 def _calibration_inputs(program: Program, batches: Iterable[Any] | None) -> list[list[Any]]:
-    """Calibration batches as flat user inputs."""
+    """Calibration batches as flat user inputs, each checked as a call would be."""
     if batches is None or program.call is None:
         return []
-    from graphopt.emit.guards import CallBinder
+    from graphopt.emit.guards import CallBinder, InputGuard
 
-    bind = CallBinder(program)
+    bind, guard = CallBinder(program), InputGuard(program)
     found = []
-    for batch in islice(batches, CALIBRATION_SETS):
-        if isinstance(batch, Mapping):
-            found.append(bind((), dict(batch)))
-        else:
-            found.append(bind(batch if isinstance(batch, tuple) else (batch,), {}))
+    for index, batch in enumerate(islice(batches, CALIBRATION_SETS)):
+        args = () if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
+        try:
+            flat = bind(args, dict(batch) if isinstance(batch, Mapping) else {})
+            guard(flat)
+        except GraphoptError as error:
+            raise GraphoptError(error.what, where=f"calibration[{index}]", fix=error.fix) from error
+        _run_once(program, flat, f"calibration[{index}]")
+        found.append(flat)
     return found
+
+
+def _run_once(program: Program, flat: list[Any], where: str) -> None:
+    """Refuse inputs that the model itself fails on, such as an index out of range."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            program.run(flat)
+    except Exception as error:
+        raise GraphoptError(
+            f"{program.name} fails on these inputs: {type(error).__name__}: {error!s:.200}",
+            where=where,
+            fix="leave them out, or correct their values",
+        ) from error

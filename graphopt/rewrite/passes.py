@@ -63,13 +63,19 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None, where: str = 
     known = registered_passes()
     if name not in known:
         raise RecipeError(f"unknown pass {name!r}", where=where, fix=_nearest(name, known))
+    if options is not None and not isinstance(options, Mapping):
+        raise RecipeError(
+            f"{name}: options are a mapping, but {options!r:.80} was given",
+            where=where,
+            fix=f"write {name}: {{key: value}}",
+        )
     kind = known[name]
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in (options or {}).items():
         if key not in fields:
             raise RecipeError(
-                f"{name} has no option {key!r}", where=where, fix=_nearest(key, fields)
+                f"{name} has no option {key!r}", where=where, fix=_nearest(str(key), fields)
             )
         if not _fits(value, hints[key]):
             raise RecipeError(
@@ -86,8 +92,17 @@ def parse_pass(text: str) -> Pass:
         key, equals, value = item.partition("=")
         if not equals:
             raise RecipeError(f"expected key=value, found {item!r}", where=text)
-        options[key.strip()] = yaml.safe_load(value)
+        options[key.strip()] = _scalar(value, text)
     return make_pass(name.strip(), options, where=text)
+
+
+def _scalar(value: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"cannot read the value {value!r:.80}", where=where, fix="write a YAML scalar"
+        ) from error
 
 
 def _nearest(name: str, known: Any) -> str:
