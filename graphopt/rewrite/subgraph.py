@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.program import Program, val
+from graphopt.program import Program, is_random, val
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def extract(
     for node in needed:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(fx.node.map_arg(list(outputs), copies.__getitem__)))
-    state = {n.name: program.tensor(n) for n in order if program.target_of(n) is not None}
+    held = {n.name: program.target_of(n) for n in order}
+    state = {name: program.state[t] for name, t in held.items() if t is not None}
     names = {n.name: copies[n] for n in needed}
     return Subgraph(program.graph_module, graph, order, state, names)
 
@@ -105,20 +106,51 @@ def _closure(outputs: list[Any], within: set[fx.Node]) -> tuple[list[fx.Node], l
     return list(done), list(boundary)
 
 
+DROPOUT_P = {
+    torch.ops.aten.dropout.default: 1,
+    torch.ops.aten.native_dropout.default: 1,
+    torch.ops.aten.feature_dropout.default: 1,
+    torch.ops.aten.scaled_dot_product_attention.default: 4,
+}
+"""Operators that draw a dropout mask -> position of the probability."""
+
+
 def widen(source: fx.Graph) -> fx.Graph:
     """A copy whose floating dtype arguments are all float64: the reference a rewrite is held to.
 
     What is asserted of dtypes is left out: complex values stay as they are, and so do their parts.
+    Random operators draw in their own dtype, so that they draw the same numbers.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in source.nodes:
+        if is_random(node) and node.target not in DROPOUT_P:
+            copies[node] = _draw(graph, node, copies)
+            continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
         checks = node.target is torch.ops.aten._assert_tensor_metadata.default
         change = _without_dtypes if checks else _widened
         copies[node].args = change(copies[node].args)
         copies[node].kwargs = change(copies[node].kwargs)
     return graph
+
+
+def _draw(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A random operator on inputs in their own dtypes; its result is widened."""
+
+    def narrow(argument: fx.Node) -> fx.Node:
+        value = val(argument)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return copies[argument]
+        return graph.call_function(torch.ops.aten.to.dtype, (copies[argument], value.dtype))
+
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), narrow)
+    made, value = graph.call_function(node.target, args, kwargs), val(node)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return made
+    if any(a.name == "dtype" for a in node.target._schema.arguments):
+        made.kwargs = {**made.kwargs, "dtype": value.dtype}
+    return graph.call_function(torch.ops.aten.to.dtype, (made, torch.float64))
 
 
 @contextmanager

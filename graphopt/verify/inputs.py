@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -16,6 +17,9 @@ SEED = 7041
 
 FEW = 3
 """Size of the other axes where one is tried at 1."""
+
+MANY = 4
+"""Up to this many dynamic sizes, every combination of ones is tried at capture."""
 
 
 def symbols_of(program: Program) -> dict[sympy.Symbol, int]:
@@ -34,8 +38,9 @@ def symbols_of(program: Program) -> dict[sympy.Symbol, int]:
 def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = None) -> list[Any]:
     """Random flat user inputs like the captured ones.
 
-    Floating values follow the example's mean and deviation; integers and booleans are drawn from
-    the example's own values, so indices stay valid and masks stay masks.
+    Floating values follow the example's mean and deviation, or a deviation of the mean's size (at
+    least 1) where the example is constant: zeros and ones would not tell operators apart. Integers
+    and booleans are drawn from the example's own values, so indices stay valid and masks masks.
 
     Args:
         sizes: symbol -> size; symbols left out keep the captured size.
@@ -50,15 +55,29 @@ def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.G
     if not isinstance(example, Tensor):
         return example if _expression(fake) is None else _extent(fake, sizes)
     shape = [_extent(extent, sizes) for extent in fake.shape]
+    if example.is_floating_point() and not _is_mask(example):
+        mean, spread = _moments(example)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * spread + mean
+        return _laid_out(drawn.to(example.device, example.dtype), example)
     if example.numel() == 0:
         return example.new_zeros(shape)
-    if example.is_floating_point():
-        plain = example.detach().double()
-        spread = float(plain.std()) if plain.numel() > 1 else 0.0
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
-        return _laid_out((drawn + float(plain.mean())).to(example.device, example.dtype), example)
     index = torch.randint(example.numel(), shape, generator=generator)
     return _laid_out(example.detach().flatten()[index.to(example.device)], example)
+
+
+def _is_mask(example: Tensor) -> bool:
+    """Whether a floating tensor holds just two values, one of them 0: what is kept and what not."""
+    values = example.detach().unique()
+    return values.numel() == 2 and bool((values == 0).any())
+
+
+def _moments(example: Tensor) -> tuple[float, float]:
+    """Mean and deviation to draw with, of the finite elements."""
+    plain = example.detach().double()
+    plain = plain[plain.isfinite()]
+    mean = float(plain.mean()) if plain.numel() else 0.0
+    spread = float(plain.std(correction=0)) if plain.numel() else 0.0
+    return mean, spread or max(1.0, abs(mean))
 
 
 def _laid_out(value: Tensor, example: Tensor) -> Tensor:
@@ -114,16 +133,36 @@ def sizes_of_one(program: Program) -> list[dict[sympy.Symbol, int]]:
     known = symbols_of(program)
     if program.call is None or not known:
         return []
-    unseen = unseen_sizes(program)
-    larger = {s: size if size > 1 else unseen.get(s, size) for s, size in known.items()}
-    sets = [_with_one(program, symbol, larger) for symbol in known]
+    sets = [_with_ones(program, {symbol}, FEW) for symbol in known]
     sets += [dict.fromkeys(known, 1)] if len(known) > 1 else []
     return [sizes for sizes in sets if accepts(program, sizes)]
 
 
-def _with_one(
-    program: Program, symbol: sympy.Symbol, larger: Mapping[sympy.Symbol, int]
+def combinations_with_one(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
+    """All choices of symbols at 1, up to `MANY` symbols, the others at 2 and then at `FEW`.
+
+    What a trace takes for granted of products and sums of sizes (``batch * seq >= 4``) fails only
+    where the sizes that are not 1 are the smallest.
+    """
+    known = list(symbols_of(program))
+    if program.call is None or not known:
+        return
+    most = len(known) if len(known) <= MANY else 1
+    for count in range(1, most + 1):
+        for chosen in itertools.combinations(known, count):
+            tried = [_with_ones(program, set(chosen), others) for others in (2, FEW)]
+            yield from (s for i, s in enumerate(tried) if s not in tried[:i])
+    if most < len(known):
+        yield dict.fromkeys(known, 1)
+
+
+def _with_ones(
+    program: Program, ones: Collection[sympy.Symbol], others: int
 ) -> dict[sympy.Symbol, int]:
-    """The symbol at 1 and the others at `FEW`, or as given where that is not allowed."""
-    small = {**dict.fromkeys(larger, FEW), symbol: 1}
-    return small if accepts(program, small) else {**larger, symbol: 1}
+    """Some symbols at 1 and the others small, or as captured where small is not allowed."""
+    known, unseen = symbols_of(program), unseen_sizes(program)
+    small = {s: 1 if s in ones else others for s in known}
+    if accepts(program, small):
+        return small
+    larger = {s: size if size > 1 else unseen.get(s, size) for s, size in known.items()}
+    return {s: 1 if s in ones else size for s, size in larger.items()}

@@ -80,6 +80,10 @@ def compare(
         return EXACT
     if numeric is Numeric.BITWISE:
         return _failure("bits differ", _relative(new, old.double()))
+    if old.is_complex():
+        old, new = torch.view_as_real(old), torch.view_as_real(new)
+        reference = torch.view_as_real(reference)
+        rounded = [torch.view_as_real(value) for value in rounded]
     if not old.is_floating_point():
         return _failure("integer or boolean values differ")
     if not torch.equal(old.isfinite(), new.isfinite()):

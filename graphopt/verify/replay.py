@@ -22,18 +22,11 @@ from torch.utils import _pytree as pytree
 from graphopt.program import Program, is_random, val
 from graphopt.rewrite.driver import Log, Rewrite
 from graphopt.rewrite.rule import Numeric
-from graphopt.rewrite.subgraph import Subgraph, float64_by_default
+from graphopt.rewrite.subgraph import DROPOUT_P, Subgraph, float64_by_default
 from graphopt.verify.measure import Measure, compare, worst
 from graphopt.verify.timing import Pace
 
 SEED = 20240
-
-_RANDOM_P = {
-    torch.ops.aten.dropout.default: 1,
-    torch.ops.aten.native_dropout.default: 1,
-    torch.ops.aten.feature_dropout.default: 1,
-    torch.ops.aten.scaled_dot_product_attention.default: 4,
-}
 
 
 @dataclass
@@ -71,7 +64,7 @@ class Replay(fx.Interpreter):
     """Runs ``before`` on user inputs and judges every rewrite of ``log`` on the way."""
 
     def __init__(self, before: Program, log: Log, stopwatch: Any = None) -> None:
-        graph = _without_randomness(before.graph)
+        graph = without_dropout(before.graph)
         super().__init__(fx.GraphModule(before.graph_module, graph), garbage_collect_values=False)
         self.program, self.stopwatch = before, stopwatch
         self.values: dict[str, Any] = {}
@@ -260,7 +253,7 @@ def _cotangents(results: Iterable[Tensor]) -> list[Tensor]:
 
 def _evaluate(piece: Subgraph, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Run a piece with dropout off; returns its outputs and every inner value by program name."""
-    graph = _without_randomness(piece.graph)
+    graph = without_dropout(piece.graph)
     runner = _Recorder(piece.root, graph=graph)
     with _seeded() if any(map(is_random, graph.nodes)) else nullcontext():
         results = runner.run(*values, enable_io_processing=False)
@@ -285,15 +278,15 @@ class _Recorder(fx.Interpreter):
         return self.seen[n.name]
 
 
-def _without_randomness(graph: fx.Graph) -> fx.Graph:
+def without_dropout(graph: fx.Graph) -> fx.Graph:
     """The graph itself, or a copy in which every dropout probability is zero."""
-    if not any(n.target in _RANDOM_P for n in graph.nodes):
+    if not any(n.target in DROPOUT_P for n in graph.nodes):
         return graph
     twin = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copies[node] = twin.node_copy(node, copies.__getitem__)
-        position = _RANDOM_P.get(node.target)
+        position = DROPOUT_P.get(node.target)
         if position is not None and len(node.args) > position:
             args = list(copies[node].args)
             args[position] = 0.0

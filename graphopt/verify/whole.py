@@ -15,7 +15,7 @@ from graphopt.program import OutputKind, Program
 from graphopt.rewrite.rule import Numeric
 from graphopt.rewrite.subgraph import float64_by_default, widen
 from graphopt.verify.measure import Measure, compare, rms, worst
-from graphopt.verify.replay import SEED, _without_randomness
+from graphopt.verify.replay import SEED, without_dropout
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def run_program(
     every parameter (by its name) and every floating user input (by its placeholder's name). Where
     an operator takes no gradient for an input (some losses for their target), user inputs get none.
     """
-    graph = _without_randomness(program.graph)
+    graph = without_dropout(program.graph)
     graph = widen(graph) if wide else graph
     module = fx.GraphModule(program.graph_module, graph)
     call = lower(module) if lower else fx.Interpreter(module).run

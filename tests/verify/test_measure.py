@@ -14,6 +14,7 @@ from graphopt.capture import capture
 from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
 from graphopt.verify import trials
+from graphopt.verify.inputs import fresh_inputs
 from graphopt.verify.measure import compare, rms
 from graphopt.verify.trials import DRAWS, hold, rounded_runs
 from graphopt.verify.whole import Outcome, compare_outcomes, run_program
@@ -202,3 +203,56 @@ def test_values_that_the_model_itself_refuses_are_not_tried_and_that_is_told() -
     fast = graphopt.compile(nn.BCELoss().eval(), example_inputs=given, measure=False)
     assert fast.report.verified
     assert any("random inputs were not tried" in note for note in fast.report.notes)
+
+
+class WithNoise(nn.Module):
+    """A factor times the input, plus what an operator draws."""
+
+    def __init__(self, factor: float, draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.factor, self.draw = factor, draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x + self.draw(x)
+
+
+DRAWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rand_like": torch.rand_like,
+    "randn": lambda x: torch.randn(x.shape),
+    "bernoulli": lambda x: torch.bernoulli(torch.sigmoid(x)),
+    "normal": lambda x: torch.normal(x, 1.0),
+    "in place": lambda x: x.clone().uniform_(),
+    "gumbel": nn.functional.gumbel_softmax,
+    "dropout": lambda x: nn.functional.dropout(x, 0.5, True),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_one_percent_fails_next_to_random_numbers(name: str) -> None:
+    x = torch.randn(32, 32)
+    program, wrong = (capture(WithNoise(f, DRAWN[name]).eval(), (x,)) for f in (1.0, 1.01))
+    assert hold(program, program, [x], LOOSE)[0].ok
+    assert not hold(program, wrong, [x], LOOSE)[0].ok
+
+
+def test_complex_values_are_held_to_float64_too() -> None:
+    exact = torch.randn(200, dtype=torch.complex128)
+    old = exact.to(torch.complex64)
+    rounded = old * (1 + torch.finfo(torch.float32).eps)
+    assert compare(old, rounded, exact, LOOSE).ok
+    assert not compare(old, rounded, exact, Numeric.BITWISE).ok
+    assert not compare(old, old * 1.01, exact, LOOSE).ok
+    assert not compare(old, old.conj().resolve_conj(), exact, LOOSE).ok
+
+
+@pytest.mark.parametrize("example", [torch.zeros(4, 8), torch.ones(4, 8), torch.full((4, 8), -3.0)])
+def test_constant_examples_still_tell_operators_apart(example: torch.Tensor) -> None:
+    fresh = fresh_inputs(capture(nn.ReLU().eval(), (example,)))[0]
+    assert bool((fresh > 0).any()) and bool((fresh < 0).any())
+
+
+def test_floating_masks_stay_masks() -> None:
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.tensor([0.0, lowest, 0.0, 0.0, lowest, lowest]).reshape(2, 3)
+    fresh = fresh_inputs(capture(nn.ReLU().eval(), (mask,)))[0]
+    assert set(fresh.flatten().tolist()) <= {0.0, lowest}

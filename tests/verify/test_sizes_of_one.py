@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -223,6 +224,34 @@ def test_each_axis_alone_and_all_at_once() -> None:
     made = program(8, 1)
     sets = [named(made, sizes) for sizes in sizes_of_one(made)]
     assert sets == [{"a": 1, "b": 3}, {"a": 3, "b": 1}, {"a": 1, "b": 1}]
+
+
+def few_elements(x: Tensor) -> Tensor:
+    return x * 3 if x.shape[0] * x.shape[1] < 3 else x * 2
+
+
+def one_row(x: Tensor) -> Tensor:
+    return x * 3 if x.shape[0] * x.shape[1] == 1 else x * 2
+
+
+@pytest.mark.parametrize("function", [few_elements, one_row])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6)])
+def test_products_of_sizes_are_tried_at_their_smallest(
+    function: Any, shape: tuple[int, ...]
+) -> None:
+    axes = {"x": dict(enumerate("abc"[: len(shape)]))}
+    model = Fn(function).eval()
+    fast = graphopt.compile(
+        model, example_inputs=(torch.randn(shape),), dynamic_shapes=axes, measure=False
+    )
+    refused = 0
+    for sizes in itertools.product((1, 2, 3), repeat=len(shape)):
+        x = torch.randn(sizes)
+        try:
+            torch.testing.assert_close(fast(x), model(x))
+        except GraphoptError:
+            refused += 1
+    assert 0 < refused < 3 ** len(shape)
 
 
 def test_only_sizes_that_a_call_may_have() -> None:
