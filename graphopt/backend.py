@@ -7,19 +7,31 @@ gave it, and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.dynamo import program_from_dynamo
-from graphopt.errors import CaptureError, VerificationError
+from graphopt.capture_errors import first_line
+from graphopt.capture_memory import Memory, memory_of, mode_of, overlap, results_memory
+from graphopt.dynamo import fake_inputs, program_from_dynamo
+from graphopt.errors import CaptureError, GraphoptError, RecipeError, VerificationError
+from graphopt.optimize import TARGETS
+from graphopt.presets import resolve
 from graphopt.program import OutputKind, Program
 from graphopt.recipe import Options, rewrite_program
 from graphopt.report.model import Report
 
 Compiled = Callable[..., Any]
+_AHEAD_OF_TIME = {
+    "dynamic_shapes": "; Dynamo keeps sizes dynamic that change between calls",
+    "calibration": "; every graph is verified on the values of the call that compiled it",
+    "quality": " and measure the compiled model yourself",
+    "budget": " and measure the compiled model yourself",
+}
 
 
 class Backend:
@@ -27,24 +39,37 @@ class Backend:
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
+        check_options(self.options)
         self.reports: list[Report] = []
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         try:
-            program = program_from_dynamo(graph_module, example_inputs)
-            optimized, report = self._rewrite(program)
-        except CaptureError as error:
+            with _ordinary_tensors():
+                runner, report = self._compiled(graph_module, example_inputs)
+        except RecipeError:
+            raise
+        except Exception as error:
             if self.options.strict:
                 raise
-            return self._as_given(graph_module, example_inputs, error.what)
+            return self._as_given(graph_module, example_inputs, _reason(error))
         self.reports.append(report)
+        return runner
+
+    def _compiled(
+        self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> tuple[Compiled, Report]:
+        program = program_from_dynamo(graph_module, example_inputs)
+        memory = memory_of(graph_module, fake_inputs(graph_module)[0])
+        optimized, report = self._rewrite(program)
         if not report.verified:
             message = f"{program.name}: the rewritten graph does not verify"
             if self.options.strict:
                 raise VerificationError(message)
             report.notes.append(f"{message}; the original graph runs")
             optimized = program
-        return self._lower(optimized, example_inputs)
+        if memory.shared():
+            _require_shared(optimized, memory, fake_inputs(graph_module)[0])
+        return self._lower(optimized, memory, graph_module, example_inputs), report
 
     def _rewrite(self, program: Program) -> tuple[Program, Report]:
         with torch._dynamo.utils.disable_cache_limit(), torch.random.fork_rng(devices=[]):
@@ -58,11 +83,44 @@ class Backend:
             return _inductor(graph_module, example_inputs)
         return graph_module.forward
 
-    def _lower(self, program: Program, example_inputs: Sequence[Any]) -> Compiled:
-        runner = Runner(program)
+    def _lower(
+        self,
+        program: Program,
+        memory: Memory,
+        original: fx.GraphModule,
+        example_inputs: Sequence[Any],
+    ) -> Compiled:
+        runner = Runner(program, memory, original.forward)
         if self.options.target == "inductor":
             runner.run = _inductor(program.graph_module, runner.bind(example_inputs))
         return runner
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Outside `torch.inference_mode`, whose tensors verification could not train with."""
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error, and the user's line where it is known."""
+    if isinstance(error, GraphoptError):
+        return f"{error.what}{f' (at {error.where})' if error.where else ''}"
+    return first_line(error)
+
+
+def _require_shared(program: Program, memory: Memory, fakes: Sequence[Any]) -> None:
+    """Refuse a graph whose results do not share memory as the original's do."""
+    given, mode = iter(fakes), mode_of(fakes)
+    targets = [program.inputs[n.name].target for n in program.placeholders()]
+    inputs = [next(given) if t is None else mode.from_tensor(program.state[t]) for t in targets]
+    storages = results_memory(program.graph_module, inputs)[-len(memory.groups) :]
+    places: dict[int, Any] = {}
+    for group, storage in zip(memory.groups, storages, strict=True):
+        if group is not None and places.setdefault(group, storage) != storage:
+            raise CaptureError("results share memory in a way that no functional graph keeps")
 
 
 def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -73,9 +131,16 @@ def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Co
 
 
 class Runner:
-    """Calls a functional graph as Dynamo expects: inputs that were written are written back."""
+    """Calls a functional graph as Dynamo expects.
 
-    def __init__(self, program: Program) -> None:
+    Inputs that were written are written back, and results that show their memory do so again. The
+    original graph runs where another input shows the memory of a written one, which only the values
+    of a call say.
+    """
+
+    def __init__(self, program: Program, memory: Memory, original: Compiled) -> None:
+        self.memory = memory
+        self.original = original
         self.run: Compiled = program.graph_module
         nodes = program.placeholders()
         targets = [program.inputs[n.name].target for n in nodes]
@@ -88,19 +153,17 @@ class Runner:
             for i, (_, o) in enumerate(pairs)
             if o.kind is OutputKind.INPUT_MUTATION
         ]
-        written = {values[i]: position for i, position in self.updates}
-        self.returned = [
-            (i, written.get(v) if isinstance(v, fx.Node) else None)
-            for i, (v, o) in enumerate(pairs)
-            if o.kind is OutputKind.USER
-        ]
+        self.written = frozenset(position for _, position in self.updates)
+        self.user = [i for i, (_, o) in enumerate(pairs) if o.kind is OutputKind.USER]
 
     def __call__(self, *inputs: Any) -> Any:
+        if self.written and overlap(inputs, self.written):
+            return self.original(*inputs)
         results = self.run(*self.bind(self._protected(inputs)))
-        with torch.no_grad():
-            for index, position in self.updates:
-                inputs[position].copy_(results[index])
-        return tuple(results[i] if p is None else inputs[p] for i, p in self.returned)
+        for index, position in self.updates:
+            _write(inputs[position], results[index])
+        returned = [results[i] for i in self.user]
+        return tuple(self.memory.restore(returned, inputs, self.written))
 
     def bind(self, inputs: Sequence[Any]) -> list[Any]:
         """The graph's arguments: constants that rewrites added stand between the inputs."""
@@ -117,6 +180,12 @@ class Runner:
         return values
 
 
+def _write(given: Tensor, value: Tensor) -> None:
+    """What eager mode's write leaves behind, the gradient history of the value included."""
+    with torch.set_grad_enabled(value.requires_grad):
+        given.copy_(value)
+
+
 def graphopt_backend(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
 ) -> Compiled:
@@ -128,22 +197,49 @@ def graphopt_backend(
 
 
 def _parse(options: dict[str, Any]) -> Options:
-    from dataclasses import fields
-
-    from graphopt.errors import RecipeError
-
     known = {f.name for f in fields(Options)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise RecipeError(
             f"unknown backend option {unknown[0]!r}",
-            fix=f"valid options: {', '.join(sorted(known))}",
+            where="options of torch.compile",
+            fix=f"valid options: {', '.join(sorted(known - _AHEAD_OF_TIME.keys()))}",
         )
     return Options(**options)
 
 
-def compile_dynamic(model: nn.Module, options: Options) -> Any:
-    """``torch.compile`` with a backend of its own; ``.reports`` lists one report per graph."""
+def check_options(options: Options, dynamic_shapes: Any = None) -> None:
+    """Refuse what has no meaning where Dynamo captures graphs as the model is called.
+
+    Raises:
+        RecipeError: names the option, and what to do instead.
+    """
+    if options.target not in TARGETS:
+        raise RecipeError(
+            f"unknown target {options.target!r}",
+            where="option target",
+            fix=f"use one of {', '.join(TARGETS)}",
+        )
+    resolve(options.passes)
+    given = {f.name: getattr(options, f.name) != f.default for f in fields(Options)}
+    given["dynamic_shapes"] = dynamic_shapes is not None
+    for name, fix in _AHEAD_OF_TIME.items():
+        if given[name]:
+            raise RecipeError(
+                f"{name} has no meaning without example_inputs: graphs are captured as the model "
+                "is called",
+                where=f"option {name}",
+                fix=f"pass example_inputs to graphopt.compile, or leave {name} out{fix}",
+            )
+
+
+def compile_dynamic(model: nn.Module, options: Options, dynamic_shapes: Any = None) -> Any:
+    """``torch.compile`` with a backend of its own; ``.reports`` lists one report per graph.
+
+    Raises:
+        RecipeError: an option that needs example inputs was given.
+    """
+    check_options(options, dynamic_shapes)
     backend = Backend(options)
     compiled = torch.compile(model, backend=backend)
     object.__setattr__(compiled, "reports", backend.reports)

@@ -92,19 +92,20 @@ def explain_capture_failure(error: Exception, model: nn.Module) -> GraphoptError
     """The cause of a failed trace as a `CaptureError`."""
     if isinstance(error, GraphoptError):
         return error
-    name, kind = type(model).__name__, type(error).__name__
-    text = f"{kind}: {error}"
+    name, text = type(model).__name__, f"{type(error).__name__}: {error}"
     frame = innermost(frames_of_traceback(error.__traceback__))
     where = str(frame) if frame else None
     for pattern, what, fix in CAUSES:
         if re.search(pattern, text):
             return CaptureError(f"cannot capture {name}: {what}", where=where, fix=fix)
-    return CaptureError(f"cannot capture {name}: {_first(text)}", where=where, fix=_DEFAULT_FIX)
+    what = f"cannot capture {name}: {first_line(error)}"
+    return CaptureError(what, where=where, fix=_DEFAULT_FIX)
 
 
-def _first(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
 
 
 def refuse_fixed_axes(fixed: Sequence[tuple[Axis, int]], line: Callable[[], str | None]) -> None:

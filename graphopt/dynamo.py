@@ -10,10 +10,13 @@ from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 
+from graphopt.capture_errors import first_line
 from graphopt.errors import CaptureError
 from graphopt.program import InputKind, OutputKind, Program, ProgramInput, ProgramOutput
+from graphopt.source import source_line
 
 _SET_GRAD = torch._C._set_grad_enabled
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 
 
 def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
@@ -26,17 +29,15 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
         CaptureError: the graph holds something without a functional form.
     """
     holders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    fakes = [n.meta.get("example_value", n.meta.get("val")) for n in holders]
-    mode = detect_fake_mode(fakes)
-    if mode is None:
-        raise CaptureError("the graph carries no fake values", fix="call through torch.compile")
+    fakes, mode = fake_inputs(graph_module)
+    _refuse_autocast(graph_module.graph)
     try:
         with mode, torch.enable_grad():
             made: Any = aot_export_module(
                 graph_module, fakes, trace_joint=False, pre_dispatch=True, decompositions={}
             )
     except Exception as error:
-        raise CaptureError(f"no functional form: {type(error).__name__}: {error}") from error
+        raise CaptureError(f"no functional form: {first_line(error)}") from error
     flat, signature = made
     _apply_grad_modes(flat.graph)
     inputs = [n for n in flat.graph.nodes if n.op == "placeholder"]
@@ -56,6 +57,31 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
     flat.graph.lint()
     program.recompile().lint()
     return program
+
+
+def fake_inputs(graph_module: fx.GraphModule) -> tuple[list[Any], Any]:
+    """The fake value of each input of Dynamo's graph, and the mode they belong to.
+
+    Raises:
+        CaptureError: the graph is not Dynamo's.
+    """
+    holders = graph_module.graph.find_nodes(op="placeholder")
+    fakes = [n.meta.get("example_value", n.meta.get("val")) for n in holders]
+    mode = detect_fake_mode(fakes)
+    if mode is None:
+        raise CaptureError("the graph carries no fake values", fix="call through torch.compile")
+    return fakes, mode
+
+
+def _refuse_autocast(graph: fx.Graph) -> None:
+    """A region's casts are no nodes here: what is moved over its border would change precision."""
+    nodes = iter(graph.nodes)
+    if any(n.target is _ENTER_AUTOCAST for n in nodes):
+        raise CaptureError(
+            "forward holds a region under torch.autocast",
+            where=next(filter(None, map(source_line, nodes)), None),
+            fix="put torch.autocast around the call of the model, or pass example_inputs",
+        )
 
 
 def _rename(node: fx.Node, name: str) -> None:
@@ -119,5 +145,7 @@ def _model_name(graph_module: fx.GraphModule) -> str:
 
 
 def _concrete(value: Any) -> Any:
-    """The number behind a symbolic size of the call that is being compiled."""
+    """The number behind a symbolic size, and a copy of a tensor that has no gradients to give."""
+    if isinstance(value, Tensor) and value.is_inference():
+        return value.clone()
     return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
