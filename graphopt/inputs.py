@@ -156,7 +156,8 @@ def from_file(path: str | Path) -> Inputs:
     """Named tensors from a ``.pt``, ``.safetensors`` or ``.npz`` file; every axis is static.
 
     Raises:
-        GraphoptError: the file is of another kind, or does not hold a dictionary of tensors.
+        GraphoptError: the file is damaged, of another kind, or does not hold a dictionary of
+            tensors.
     """
     source = Path(path)
     readers: dict[str, Callable[[Path], Any]] = {
@@ -194,5 +195,11 @@ def _read_safetensors(path: Path) -> Any:
 def _read_numpy(path: Path) -> Any:
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as data:
-        return {name: torch.from_numpy(data[name]) for name in data.files}
+    from graphopt.loading.findings import reading
+
+    with reading(path, fix="write it with numpy.savez and arrays of numbers"):
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise ValueError("one array without a name")
+        with found as data:
+            return {name: torch.from_numpy(data[name]) for name in data.files}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,51 @@ def test_files(tmp_path):
         from_file(tmp_path / "list.pt")
     with pytest.raises(GraphoptError, match="cannot read inputs"):
         from_file(tmp_path / "x.txt")
+
+
+NPZ = {
+    "objects": np.array([1, None], dtype=object),
+    "texts": np.array(["a", "b"]),
+    "dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+    "records": np.zeros(2, dtype=[("a", "f4")]),
+}
+
+
+@pytest.mark.parametrize("kind", NPZ)
+def test_arrays_that_are_no_tensors_are_refused(kind, tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=NPZ[kind])
+    with pytest.raises(GraphoptError) as refusal:
+        from_file(path)
+    assert refusal.value.where == str(path) and "arrays of numbers" in refusal.value.fix
+
+
+HEADER = b"\x93NUMPY\1\0\x76\0{'descr': '<f4', 'fortran_order': False, 'shape': (%s"
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "member", "shape", "header", "array"])
+def test_damaged_npz_is_refused(damage, tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.ones(3, np.float32))
+    whole = path.read_bytes()
+    if damage == "array":
+        with path.open("wb") as file:
+            np.save(file, np.ones(3))
+    elif damage in ("member", "shape", "header"):
+        member = {
+            "member": b"hello",
+            "shape": HEADER % b"9999999999999,), }",
+            "header": HEADER % b"",
+        }
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("x.npy", member[damage].ljust(128))
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello", "cut": whole[:-20]}[damage])
+    with pytest.raises(GraphoptError) as refusal:
+        from_file(path)
+    assert refusal.value.where == str(path)
+
+
+def test_missing_npz_is_refused(tmp_path):
+    with pytest.raises(GraphoptError, match="no such file"):
+        from_file(tmp_path / "x.npz")

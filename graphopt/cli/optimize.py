@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.subject import Subject, load_subject, options_from
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError
+from graphopt.files import atomic_path
 
 WRITABLE = (".pt2", ".onnx", ".html", ".json", ".yaml")
 
@@ -63,9 +66,7 @@ def command(
         program, eager = subject.capture()
         module = optimize_program(program, options, eager=eager, original=subject.module)
         module.report.notes += subject.notes
-        for path in sorted(targets, key=_is_report):  # reports last: they tell about the rest
-            step(f"write {path.name}")
-            _write(module, path, measure)
+        _write_all(module, targets, measure, step)
     if as_json:
         facts = module.report.to_dict()
         print_json({"written": [str(p) for p in targets], "report": facts})
@@ -89,11 +90,23 @@ def _targets(outputs: tuple[str, ...], subject: Subject) -> list[Path]:
     return paths
 
 
+def _write_all(
+    module: OptimizedModule, targets: list[Path], measure: bool, step: Callable[[str], None]
+) -> None:
+    """Write every file, then put them all in place; where one fails, none is."""
+    with ExitStack() as stack:
+        for path in sorted(set(targets), key=_is_report):  # reports tell about the rest
+            step(f"write {path.name}")
+            _write(module, stack.enter_context(atomic_path(path)), measure)
+
+
 def _is_report(path: Path) -> bool:
     return path.suffix not in (".pt2", ".onnx")
 
 
 def _write(module: OptimizedModule, path: Path, measure: bool) -> None:
+    import yaml
+
     import graphopt
 
     if path.suffix == ".pt2":
@@ -106,13 +119,4 @@ def _write(module: OptimizedModule, path: Path, measure: bool) -> None:
     elif path.suffix == ".json":
         module.report.to_json(path)
     else:
-        _write_recipe(module, path)
-
-
-def _write_recipe(module: OptimizedModule, path: Path) -> None:
-    import yaml
-
-    from graphopt.files import atomic_path
-
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump({"passes": module.report.recipe}, sort_keys=False))
+        path.write_text(yaml.safe_dump({"passes": module.report.recipe}, sort_keys=False))

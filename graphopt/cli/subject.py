@@ -13,7 +13,7 @@ from graphopt.errors import GraphoptError, LoadError
 from graphopt.inputs import Inputs, from_file, from_spec
 from graphopt.loading import LoadedModel, load_model
 from graphopt.presets import Recipe
-from graphopt.program import Program
+from graphopt.program import Program, val
 from graphopt.recipe import Options
 
 
@@ -25,6 +25,7 @@ class Subject:
     module: nn.Module | None
     inputs: Inputs
     notes: tuple[str, ...] = field(default=())
+    train: bool = False
 
     @property
     def name(self) -> str:
@@ -35,10 +36,20 @@ class Subject:
         from graphopt.optimize import capture_model
 
         if self.module is None:
-            return _from_pt2(self.loaded), None
+            return _with_inputs(self._in_mode(_from_pt2(self.loaded)), self.inputs), None
         if isinstance(self.module, ScriptModule):
-            return _from_torchscript(self.loaded, self.module, self.inputs), None
+            program = _from_torchscript(self.loaded, self.module, self.inputs)
+            return self._in_mode(program), None
         return capture_model(self.module, (), self.inputs.kwargs, self.inputs.dynamic or None)
+
+    def _in_mode(self, program: Program) -> Program:
+        if self.train and not program.training:
+            raise GraphoptError(
+                f"a {self.loaded.kind} file stays in the eval mode it was captured in",
+                where="--train",
+                fix="give the model it was made from",
+            )
+        return program
 
 
 def load_subject(
@@ -58,18 +69,21 @@ def load_subject(
             fix="give the PyTorch model it came from",
         )
     if loaded.exported is not None:
-        return Subject(loaded, None, Inputs({}), loaded.notes)
+        given = Inputs({}) if inputs is None else _given(inputs, None)
+        if inputs is not None and not given.kwargs:
+            raise GraphoptError("no input is named", where="--inputs", fix="leave the option out")
+        return Subject(loaded, None, given, loaded.notes, train)
     module = loaded.module
     if module is None:
         raise LoadError(f"{loaded.kind} holds no module", where=model)
     module.train(train)
     found = _inputs(loaded, module, inputs)
-    return Subject(loaded, module, found, loaded.notes + found.notes)
+    return Subject(loaded, module, found, loaded.notes + found.notes, train)
 
 
 def _inputs(loaded: LoadedModel, module: nn.Module, inputs: str | None) -> Inputs:
     if inputs is not None:
-        return from_file(inputs) if Path(inputs).is_file() else from_spec(inputs, module)
+        return _given(inputs, module)
     if loaded.kind == "huggingface":
         from graphopt.huggingface_inputs import huggingface_inputs, tokenizer_of
 
@@ -79,6 +93,40 @@ def _inputs(loaded: LoadedModel, module: nn.Module, inputs: str | None) -> Input
         where=str(loaded.source),
         fix="--inputs 'NAME:DTYPE[DIM,...]', such as --inputs 'x:float32[batch,3,224,224]'",
     )
+
+
+def _given(inputs: str, module: nn.Module | None) -> Inputs:
+    return from_file(inputs) if Path(inputs).is_file() else from_spec(inputs, module)
+
+
+def _with_inputs(program: Program, inputs: Inputs) -> Program:
+    """The program with other example inputs, if any are given; they must fit its signature."""
+    if not inputs.kwargs:
+        return program
+    from graphopt.emit.guards import CallBinder, InputGuard
+
+    try:
+        flat = CallBinder(program)((), inputs.kwargs)
+        InputGuard(program)(flat)
+    except GraphoptError as error:
+        raise GraphoptError(error.what, where="--inputs", fix=error.fix) from error
+    _check_axes(program, flat, inputs)
+    program.example_inputs = tuple(flat)
+    return program
+
+
+def _check_axes(program: Program, flat: list[Any], inputs: Inputs) -> None:
+    """An axis with a name in the specification must be one that the program left dynamic."""
+    nodes = {id(value): node for value, node in zip(flat, program.user_inputs(), strict=True)}
+    for name, axes in inputs.dynamic.items():
+        for axis, label in axes.items():
+            size = val(nodes[id(inputs.kwargs[name])]).shape[axis]
+            if isinstance(size, int):
+                raise GraphoptError(
+                    f"axis {axis} of {name} is {size} in the file and cannot become {label!r}",
+                    where="--inputs",
+                    fix=f"write {size} in its place, or export the model with that axis dynamic",
+                )
 
 
 def _from_pt2(loaded: LoadedModel) -> Program:

@@ -75,16 +75,19 @@ def export_onnx(
             place.
 
     Raises:
-        ExportError: the module trains, or an operator has no translation (named, with its line).
+        ExportError: the module trains, an operator has no translation (named, with its line), or
+            the exporter does not write that ``opset`` for this model.
         VerificationError: ONNX Runtime's outputs are not those of the module.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
     require("onnxscript", "onnx")
     program = _exportable(module)
+    _check_opset(opset)
     names = input_names(program), output_names(program)
     draft = _draft(program, names, opset, fuse=fuse)
     if fuse and measure and find_spec("onnxruntime"):
         draft = _faster(draft, program, names, opset)
+    _check_opset(opset, draft.model.model.opset_imports.get(""))
     draft.model.model.metadata_props["graphopt"] = _metadata(module)
     target, conditions = Path(path), program.assumptions
     with atomic_path(target) as temporary:
@@ -96,6 +99,22 @@ def export_onnx(
             error, notes = found.rms, (*notes, *seen)
     size = target.stat().st_size
     return OnnxResult(target, *names, draft.fusions, error, size, notes)
+
+
+def _check_opset(opset: int | None, written: int | None = None) -> None:
+    """Refuse an operator set that onnx does not know, or that is not the one ``written``."""
+    if opset is None or opset == written:
+        return
+    from onnx.defs import onnx_opset_version
+
+    known = type(opset) is int and 1 <= opset <= onnx_opset_version()
+    if written is not None or not known:
+        given = "" if written is None else f", the exporter gave {written}"
+        raise ExportError(
+            f"cannot write operator set {opset!r}{given}",
+            where="opset",
+            fix="leave it out, or take one from 18 upward that the installed exporter knows",
+        )
 
 
 def _told(assumption: Assumption) -> str:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 from graphopt.cli import main
 
@@ -102,7 +103,12 @@ def test_explain_gives_reasons_and_writes_nothing(weights, tmp_path, capsys):
 def test_explain_in_training_says_why_batch_norm_stays(weights, capsys):
     status, out, _ = run(capsys, "explain", *weights, "--train", "--no-measure", "--json")
     assert status == 0
-    assert json.loads(out)["verified"] is True
+    report = json.loads(out)
+    assert report["verified"] is True
+    assert not any(row["pass_name"] == "FoldBatchNorm" for row in report["applied"])
+    (missed,) = [row for row in report["missed"] if row["pass_name"] == "FoldBatchNorm"]
+    assert "statistics of each batch" in missed["reason"]
+    assert missed["option"] == "model.eval()"
 
 
 def test_export(weights, tmp_path, capsys):
@@ -150,6 +156,11 @@ BAD = [
     (["optimize", "@", "--pass", "FoldBatchNrom"], "FoldBatchNorm"),
     (["optimize", "@", "--pass", "FoldBatchNorm:depth=3"], "depth"),
     (["export", "@", "-o", "net.pt2"], ".onnx"),
+    (["export", "@", "--opset", "0"], "cannot write operator set 0"),
+    (["export", "@", "--opset", "9"], "cannot write operator set 9"),
+    (["export", "@", "--opset", "99"], "cannot write operator set 99"),
+    (["optimize", "@", "--train", "-o", "t.pt2", "-o", "t.onnx", "-o", "t.json"], "training mode"),
+    (["optimize", "@", "--pass", "Canonicalize:x=["], "cannot read the value"),
     (["passes", "Nothing"], "valid names"),
     (["explode"], "explode"),
 ]
@@ -165,6 +176,63 @@ def test_bad_input_is_one_clear_error(weights, tmp_path, capsys, arguments, hint
     assert "Traceback" not in err + out
     after = sorted(p.name for p in tmp_path.rglob("*") if "__pycache__" not in str(p))
     assert after == before
+
+
+def test_a_failed_output_leaves_the_others_as_they_were(weights, tmp_path, capsys):
+    (tmp_path / "t.pt2").write_text("from before")
+    status, _, err = run(capsys, "optimize", *weights, "--train", "-o", "t.pt2", "-o", "t.onnx")
+    assert status == 1 and "training mode" in err
+    assert (tmp_path / "t.pt2").read_text() == "from before"
+    assert not (tmp_path / "t.onnx").exists()
+
+
+@pytest.fixture
+def exported(tmp_path, monkeypatch):
+    """A ``.pt2`` whose first axis is dynamic."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    example = {"x": torch.randn(3, 3, 8, 8)}
+    model = torch.export.export(Net().eval(), (), example, dynamic_shapes={"x": {0: Dim("batch")}})
+    torch.export.save(model, "net.pt2")
+    return "net.pt2"
+
+
+def hashes(path):
+    """Of the inputs that the whole program was verified on."""
+    return [row["inputs_hash"] for row in json.loads(path.read_text())["whole"]]
+
+
+def test_inputs_replace_those_of_a_pt2(exported, tmp_path, capsys):
+    values = torch.full((5, 3, 8, 8), 0.25)
+    torch.save({"x": values}, "five.pt")
+    for name, inputs in (("own", []), ("given", ["--inputs", "five.pt"])):
+        arguments = ("-o", f"{name}.json", "-o", f"{name}.pt2", "--no-measure")
+        status, _, err = run(capsys, "optimize", exported, *inputs, *arguments)
+        assert status == 0, err
+    from graphopt.verify.whole import hash_inputs
+
+    assert hash_inputs([values]) in hashes(tmp_path / "given.json")
+    assert hash_inputs([values]) not in hashes(tmp_path / "own.json")
+    status, _, err = run(capsys, "explain", exported, "--inputs", "x:float32[n=4,3,8,8]")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--inputs", "x:float32[2,3,8,9]"], "axis 3 must be 8"),
+        (["--inputs", "x:float64[2,3,8,8]"], "float64"),
+        (["--inputs", "y:float32[2,3,8,8]"], "y"),
+        (["--inputs", "x:float32[n,3,width=8,8]"], "cannot become 'width'"),
+        (["--inputs", ""], "no input is named"),
+        (["--train"], "stays in the eval mode"),
+    ],
+)
+def test_what_does_not_fit_a_pt2_is_refused(exported, tmp_path, capsys, arguments, hint):
+    status, _, err = run(capsys, "optimize", exported, *arguments)
+    assert status == 1
+    assert hint in err and f"at: {arguments[0]}" in err
+    assert [p.name for p in tmp_path.iterdir()] == [exported]
 
 
 def test_errors_can_be_json(weights, capsys):
