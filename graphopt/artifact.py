@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.emit.exported import to_exported
 from graphopt.emit.module import OptimizedModule
-from graphopt.errors import GraphoptError, LoadError
+from graphopt.errors import ExportError, GraphoptError, LoadError
 from graphopt.files import atomic_path
+from graphopt.loading.named_returns import without_names
 from graphopt.loading.side_file import SIDE_FILE, SideFile, applied, parsed, written
 from graphopt.program import Program
 from graphopt.report.model import Report
@@ -26,8 +29,8 @@ def save(module: OptimizedModule, path: str | Path) -> Path:
     The values written are those the module holds now, also after training or ``load_state_dict``.
 
     Raises:
-        GraphoptError: ``module`` is not an ahead-of-time result of `graphopt.compile`, or the path
-            does not end in ``.pt2``.
+        GraphoptError: ``module`` is not an ahead-of-time result of `graphopt.compile`, the path
+            does not end in ``.pt2``, or the program is one that torch's format has no words for.
     """
     target = Path(path)
     if not isinstance(module, OptimizedModule):
@@ -39,11 +42,34 @@ def save(module: OptimizedModule, path: str | Path) -> Path:
         raise GraphoptError(
             "an optimized module is saved as .pt2", where=str(target), fix=f"{target.stem}.pt2"
         )
-    exported = to_exported(module.current_program())
-    text = written(module.program, module.report.to_dict())
+    program = module.current_program()
+    if not program.outputs:
+        raise ExportError(f"{program.name} returns nothing: there is nothing to save")
+    exported, returns = _exported(program)
+    text = written(module.program, module.report.to_dict(), returns)
     with atomic_path(target) as temporary:
-        torch.export.save(exported, temporary, extra_files={SIDE_FILE: text})
+        _write(exported, temporary, text, str(target))
     return target
+
+
+def _exported(program: Program) -> tuple[ExportedProgram, dict[str, str]]:
+    """The exported program, and the named tuples that it spells as plain ones."""
+    returns: dict[str, str] = {}
+    if program.call is not None:
+        plain, returns = without_names(program.call.out_spec)
+        program.call = replace(program.call, out_spec=plain)
+    return to_exported(program), returns
+
+
+def _write(exported: ExportedProgram, path: Path, text: str, where: str) -> None:
+    try:
+        torch.export.save(exported, path, extra_files={SIDE_FILE: text})
+    except Exception as error:
+        raise ExportError(
+            f"torch cannot write this program: {type(error).__name__}: {error!s:.300}",
+            where=where,
+            fix="let the model take and return tensors in tuples, lists and dicts",
+        ) from error
 
 
 def load(path: str | Path) -> OptimizedModule:

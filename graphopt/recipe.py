@@ -7,21 +7,23 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import CaptureError, GraphoptError
 from graphopt.pipeline import Context, certify, run_passes
 from graphopt.presets import Recipe, resolve, to_recipe
-from graphopt.program import Program
+from graphopt.program import Program, val
 from graphopt.report.model import Certificate, Report
 from graphopt.report.views import node_views
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Numeric
+from graphopt.source import source_line
 from graphopt.verify.measure import compare, kernel_tolerance, worst
 from graphopt.verify.replay import SEED
 from graphopt.verify.whole import hash_inputs
@@ -75,6 +77,7 @@ def rewrite_program(
     program: Program, options: Options, eager: list[Any] | None = None
 ) -> tuple[Program, Report]:
     """Run the recipe; returns the rewritten program and the filled report."""
+    _check_layouts(program)
     passes = resolve(options.passes)
     report = _new_report(program, passes)
     context = Context.of(program, strict=options.strict, measure=options.measure)
@@ -91,6 +94,19 @@ def rewrite_program(
     return optimized, report
 
 
+def _check_layouts(program: Program) -> None:
+    """Sparse tensors may stand inside a program, but nothing can be proved of sparse results."""
+    values = (v for v in (*program.user_inputs(), *program.results()) if isinstance(v, fx.Node))
+    for node in values:
+        if isinstance(fake := val(node), Tensor) and fake.layout is not torch.strided:
+            kind = "takes" if node.op == "placeholder" else "returns"
+            raise CaptureError(
+                f"{program.name} {kind} a tensor of layout {fake.layout}",
+                where=source_line(node) or node.name,
+                fix="take and return dense tensors: .to_dense()",
+            )
+
+
 def _new_report(program: Program, passes: Sequence[Pass]) -> Report:
     report = Report(program.name, recipe=to_recipe(passes), environment=environment())
     report.notes += getattr(program, "notes", [])
@@ -100,6 +116,7 @@ def _new_report(program: Program, passes: Sequence[Pass]) -> Report:
 def environment() -> dict[str, str]:
     """Machine and versions, as a figure's footnote needs them."""
     return {
+        "graphopt": version("graphopt"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),

@@ -11,12 +11,13 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 import graphopt
 from graphopt.artifact import SIDE_FILE
@@ -54,6 +55,13 @@ class Pool(nn.Module):
         hidden = self.layer(x) * scale
         hidden = hidden if mask is None else hidden * mask[..., None]
         return {"pooled": hidden.mean(1).clamp_min(low).to(dtype), "hidden": hidden}
+
+
+class Pair(NamedTuple):
+    """A named tuple that torch does not know."""
+
+    first: Tensor
+    second: Tensor
 
 
 X, MASK = torch.randn(3, 5, 8), torch.ones(3, 5)
@@ -335,6 +343,10 @@ TAMPERED: dict[str, tuple[Callable[[str], str], str]] = {
     "a size that is no number": (change("axes", 0, "high", to=2.5), "expected int"),
     "an axis that is code": (change("axes", 0, "name", to="a b"), "no name of an axis"),
     "notes that are no list": (change("notes", to="a"), "expected a list"),
+    "a return that is no tuple": (change("returns", to={"": "topk"}), "no type of this return"),
+    "a return of no type": (change("returns", to={"0": "os"}), "has no place '0'"),
+    "returns that are no texts": (change("returns", to={"": 3}), "expected str"),
+    "versions that are no texts": (change("versions", to={"torch": 2}), "expected str"),
     "code": (condition("__import__('os').system('true')"), "not a condition on sizes"),
     "an attribute": (condition("{s}.__class__"), "not a condition on sizes"),
     "no expression": (condition("{s} >"), "not a condition on sizes"),
@@ -385,3 +397,81 @@ def test_a_plain_program_refuses_one_where_its_graph_fails(tmp_path: Path) -> No
     assert module(torch.randn(2, 3)).shape == (3,)
     with pytest.raises(GraphoptError, match=r"at least 2; at 1 .* raises IndexError"):
         module(torch.randn(1, 3))
+
+
+class Returning(nn.Module):
+    """Returns what ``function`` makes of its input."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def returning(function: Callable[[Tensor], Any]) -> OptimizedModule:
+    return graphopt.compile(
+        Returning(function).eval(), example_inputs=(X[0],), measure=False, passes="none"
+    )
+
+
+RETURNS: dict[str, Callable[[Tensor], Any]] = {
+    "topk": lambda x: x.topk(2),
+    "sort": lambda x: x.sort(-1),
+    "svd": torch.linalg.svd,
+    "old svd": torch.svd,
+    "inside others": lambda x: {"plain": (x + 1, x * 2), "named": [x.max(0), x.min(1)]},
+    "a tuple": lambda x: (x + 1, x * 2),
+    "nothing": lambda x: (x + 1, None, ()),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS)
+def test_a_return_value_keeps_its_types(name: str, tmp_path: Path) -> None:
+    module = returning(RETURNS[name])
+    again = through_a_file(module, tmp_path)
+    for loaded in (again, through_a_file(again, tmp_path)):
+        expected, found = module(X[1]), loaded(X[1])
+        torch.testing.assert_close(found, expected)
+        assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+    assert pytree.tree_structure(module(X[1])) == pytree.tree_structure(RETURNS[name](X[1]))
+
+
+def test_torch_alone_reads_a_named_return_as_a_tuple(tmp_path: Path) -> None:
+    path = graphopt.save(returning(RETURNS["topk"]), tmp_path / "module.pt2")
+    found = torch.export.load(path).module()(X[1])
+    assert type(found) is tuple
+    torch.testing.assert_close(found, tuple(X[1].topk(2)))
+
+
+@pytest.mark.parametrize("returns", [{"": "sort"}, {"0": "sort"}, {"": "Tensor"}, {"1": "max"}])
+def test_a_return_of_another_kind_is_refused(returns: dict[str, str], tmp_path: Path) -> None:
+    path = graphopt.save(returning(lambda x: (x + 1, x, x * 2)), tmp_path / "module.pt2")
+    with pytest.raises(LoadError, match=r"return value") as caught:
+        graphopt.load(edited(path, tmp_path / "changed.pt2", change("returns", to=returns)))
+    assert "returns" in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda _x: (), "returns nothing"),
+        (lambda _x: [], "returns nothing"),
+        (lambda x: Pair(x + 1, x * 2), "Pair"),
+    ],
+)
+def test_what_the_format_has_no_words_for_is_refused(
+    function: Callable[[Tensor], Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(GraphoptError, match=words):
+        graphopt.save(returning(function), tmp_path / "module.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_tells_the_versions_that_wrote_it(saved: Path) -> None:
+    with zipfile.ZipFile(saved) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(RECORD)]
+        facts = json.loads(archive.read(name))
+    assert facts["versions"] == {"graphopt": graphopt.__version__, "torch": str(torch.__version__)}
+    assert facts["report"]["environment"]["graphopt"] == graphopt.__version__

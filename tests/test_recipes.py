@@ -15,6 +15,7 @@ import graphopt
 from graphopt.errors import GraphoptError, RecipeError, VerificationError
 from graphopt.optimize import _worst
 from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.canonicalize.identity import Call
 from graphopt.presets import resolve
 from graphopt.report.model import Certificate
 
@@ -182,3 +183,21 @@ def test_the_measure_that_failed_is_told(
 ) -> None:
     told = _worst([_certificate(0.0, 0.0, ""), _certificate(error, gradient, "above the bound")])
     assert shown in told and hidden not in told
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "hint"),
+    [
+        (lambda x: x.to_sparse(), X, "returns a tensor of layout torch.sparse_coo"),
+        (lambda x: x.to_dense(), X.to_sparse(), "sparse_coo"),
+    ],
+)
+def test_sparse_tensors_at_the_border_are_refused(model: Any, example: Any, hint: str) -> None:
+    with pytest.raises(GraphoptError, match=hint):
+        graphopt.compile(Call(model).eval(), example_inputs=(example,), measure=False)
+
+
+def test_sparse_tensors_inside_are_not_refused() -> None:
+    model = Call(lambda x: torch.sparse.mm(torch.eye(3).to_sparse(), x)).eval()
+    fast = graphopt.compile(model, example_inputs=(X,), measure=False)
+    torch.testing.assert_close(fast(X), model(X))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import sympy
@@ -18,6 +19,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphopt.conditions import compiled
 from graphopt.errors import GraphoptError, LoadError
 from graphopt.loading.expressions import MAX_LENGTH, power_reason
+from graphopt.loading.named_returns import with_names
 from graphopt.loading.plain_values import decoded, encoded
 from graphopt.program import Assumption, CallSpec, Program, val
 from graphopt.report.serial import build
@@ -48,7 +50,10 @@ class AxisFacts:
 
 @dataclass(frozen=True)
 class SideFile:
-    """The whole file; ``report`` is read by the report's own reader."""
+    """The whole file; ``report`` is read by the report's own reader.
+
+    ``returns`` and ``versions`` (of what wrote the file) may be missing.
+    """
 
     format: int = FORMAT
     name: str | None = None
@@ -59,10 +64,12 @@ class SideFile:
     axes: tuple[AxisFacts, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     notes: list[str] = field(default_factory=list)
+    returns: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
-def written(program: Program, report: Mapping[str, Any]) -> str:
-    """The text for a program and its report."""
+def written(program: Program, report: Mapping[str, Any], returns: Mapping[str, str]) -> str:
+    """The text for a program, its report, and the names that `without_names` found."""
     call = program.call
     facts = SideFile(
         name=program.name,
@@ -73,6 +80,8 @@ def written(program: Program, report: Mapping[str, Any]) -> str:
         axes=tuple(_axis_facts(program, s) for s in sorted(_symbols(program).values(), key=str)),
         assumptions=program.assumptions,
         notes=program.notes,
+        returns=dict(returns),
+        versions={name: version(name) for name in ("graphopt", "torch")},
     )
     return json.dumps(asdict(facts), allow_nan=False)
 
@@ -147,6 +156,7 @@ def applied(facts: SideFile, program: Program, where: str) -> None:
     if facts.format == 1 or program.call is None:
         return
     call = _call(facts.call, program.call, where)
+    call = replace(call, out_spec=with_names(call.out_spec, facts.returns, f"{where}, returns"))
     symbols = _symbols(program)
     ranges = _ranges(facts.axes, symbols, program, where)
     for index, assumption in enumerate(facts.assumptions):
