@@ -70,6 +70,7 @@ def from_exported(exported: ExportedProgram, *, training: bool, frozen: bool) ->
         notes=notes,
     )
     _require_functional(program)
+    _spell_layout_free(program.graph)
     if not frozen:
         _keep_differentiable(program.graph)
     _drop_unread(program)
@@ -185,17 +186,18 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return (*start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _keep_differentiable(graph: fx.Graph) -> None:
-    """Spell what cannot be trained as traced in operators that can.
-
-    ``view`` relies on the strides of the backend that attention chose while tracing, ``reshape`` on
-    none; ``copy``, which slice assignments leave behind, has no derivative.
-    """
-    for node in list(graph.nodes):
+def _spell_layout_free(graph: fx.Graph) -> None:
+    """``view`` relies on the strides of the example and of the backend that attention chose while
+    tracing, ``reshape`` on none."""
+    for node in graph.nodes:
         if node.target in _VIEWS:
             node.target = aten.reshape.default
-        elif node.target is aten.copy.default:
-            _spell_copy(graph, node)
+
+
+def _keep_differentiable(graph: fx.Graph) -> None:
+    """``copy``, which slice assignments leave behind, has no derivative."""
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        _spell_copy(graph, node)
 
 
 def _spell_copy(graph: fx.Graph, node: fx.Node) -> None:

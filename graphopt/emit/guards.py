@@ -15,6 +15,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from graphopt.conditions import compiled, condition
 from graphopt.emit.binding import CallBinder
+from graphopt.emit.layouts import LayoutGuard
 from graphopt.errors import GraphoptError
 from graphopt.program import Program, val
 
@@ -57,13 +58,14 @@ class InputGuard:
     its range, and meet the program's assumptions; everything else must be as captured.
 
     Raises (when called):
-        GraphoptError: names the input, the axis, what it is and what it must be.
+        GraphoptError: names the input, the axis, what it is and what it must be; or the operator
+            that relies on another memory layout (`LayoutGuard`).
     """
 
     def __init__(self, program: Program) -> None:
         self.name = program.name
         self.axis_names = {str(s): n for s, n in program.axis_names.items()}
-        labels = _labels(program)
+        labels = list(_labels(program))
         self.expected = [
             _expectation(node, label)
             for node, label in zip(program.user_inputs(), labels, strict=True)
@@ -74,6 +76,7 @@ class InputGuard:
         ]
         self.symbols = sorted(known)
         self.assumptions = [(a, condition(a.text, self.symbols)) for a in program.assumptions]
+        self.layouts = LayoutGuard(program, labels)
         self._all = condition(
             " and ".join(f"({a.text})" for a, _ in self.assumptions) or "True", self.symbols
         )
@@ -97,6 +100,8 @@ class InputGuard:
         for value, expected in zip(flat, self.expected, strict=True):
             if type(expected) is _Tensor and expected.derived:
                 self._check_derived(value, expected, sizes)
+        if self.layouts.captured:
+            self.layouts(flat)
 
     def _check_tensor(self, value: Any, expected: _Tensor, sizes: dict[str, int]) -> None:
         if not isinstance(value, Tensor):
