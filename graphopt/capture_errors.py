@@ -114,8 +114,9 @@ def refuse_fixed_axes(fixed: Sequence[tuple[Axis, int]], line: Callable[[], str 
     raise CaptureError(
         f"declared dynamic, but the model fixes {shown}",
         where=line(),
-        fix="leave the axis out of dynamic_shapes (or pass specialize='allow'), or compute the "
-        "size from x.shape instead of writing a number",
+        fix="leave the axis out of dynamic_shapes (on the command line, write its size in place of "
+        "its name), declare it torch.export.Dim.AUTO to keep it dynamic only where the model does, "
+        "or compute the size from x.shape instead of writing a number",
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from graphopt.errors import GraphoptError
 
-_FUNCTIONS = {"max": max, "min": min, "abs": abs, "math": math}
+_TORCH = SimpleNamespace(sym_float=float, sym_int=int)
+_FUNCTIONS = {"max": max, "min": min, "abs": abs, "round": round, "math": math, "torch": _TORCH}
 _ALLOWED = (
     ast.Expression,
     ast.Compare,
@@ -26,7 +28,8 @@ _ALLOWED = (
     ast.expr_context,
     ast.Constant,
 )
-_MATH = {f"math.{name}" for name in ("floor", "ceil", "inf", "sqrt", "trunc")}
+_KNOWN = {f"math.{name}" for name in ("floor", "ceil", "inf", "sqrt", "trunc")}
+_KNOWN |= {f"torch.{name}" for name in vars(_TORCH)}
 
 
 def compiled(text: str, names: Sequence[str]) -> Callable[..., Any]:
@@ -40,12 +43,21 @@ def compiled(text: str, names: Sequence[str]) -> Callable[..., Any]:
         if not isinstance(node, _ALLOWED) or (
             isinstance(node, ast.Name) and node.id not in (*names, *_FUNCTIONS)
         ):
-            raise GraphoptError(f"not a condition on sizes: {text}", where=type(node).__name__)
-        if isinstance(node, ast.Attribute) and ast.unparse(node) not in _MATH:
-            raise GraphoptError(f"not a condition on sizes: {text}", where=node.attr)
+            raise _refusal(text, type(node).__name__)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) not in _KNOWN:
+            raise _refusal(text, node.attr)
     parameters = f"*, {', '.join(names)}" if names else ""
     code = compile(f"lambda {parameters}: {ast.unparse(tree)}", "<condition>", "eval")
     return eval(code, {"__builtins__": {}, **_FUNCTIONS})  # type: ignore[no-any-return]
+
+
+def _refusal(text: str, where: str) -> GraphoptError:
+    return GraphoptError(
+        f"not a condition on sizes: {text}",
+        where=where,
+        fix="compute sizes with + - * / // % **, round, min, max, math.floor, math.ceil or "
+        "math.sqrt, or leave the axis out of dynamic_shapes",
+    )
 
 
 def condition(text: str, names: Sequence[str]) -> Callable[..., bool]:

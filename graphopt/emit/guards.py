@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +190,8 @@ class InputGuard:
     def _shown(self, text: str) -> str:
         for symbol in sorted(self.axis_names, key=len, reverse=True):
             text = text.replace(symbol, self.axis_names[symbol])
-        return text
+        text = re.sub(r"torch\.sym_(?:float|int)\((\w+)\)", r"\1", text)
+        return re.sub(r"(\.\d*?[1-9])0+\b", r"\1", text)
 
     def _error(self, what: str, fix: str | None = None) -> GraphoptError:
         return GraphoptError(what, where=f"call of {self.name}", fix=fix)
