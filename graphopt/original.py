@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.capture_errors import first_line
 from graphopt.capture_watch import left_as_it_is
+from graphopt.errors import CaptureError
 from graphopt.program import OutputKind, Program
+from graphopt.source import frames_of_traceback, innermost
 from graphopt.verify.replay import SEED
 
 
@@ -22,6 +25,9 @@ def run_original(
 
     What it writes into inputs and buffers comes first, as in the program; that part is missing
     where the program's inputs are not the caller's own tensors.
+
+    Raises:
+        CaptureError: the module fails on these inputs; says with what, and at which of its lines.
     """
     call: Any = (args, kwargs)
     copies: dict[int, Tensor] = {}
@@ -29,9 +35,21 @@ def run_original(
         call, copies = _copied(call)
     with left_as_it_is(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(SEED)
-        outputs = pytree.tree_leaves(model(*call[0], **call[1]))
+        outputs = pytree.tree_leaves(_called(model, *call))
         values = [*_written(program, model, copies), *outputs]
         return [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+
+
+def _called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        frame = innermost(frames_of_traceback(error.__traceback__))
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs: {first_line(error)}",
+            where=str(frame) if frame else None,
+            fix="call the model with them in eager mode, and correct their dtypes, sizes or values",
+        ) from error
 
 
 def _copied(call: Any) -> tuple[Any, dict[int, Tensor]]:
