@@ -181,8 +181,13 @@ class Runner:
 
 
 def _write(given: Tensor, value: Tensor) -> None:
-    """What eager mode's write leaves behind, the gradient history of the value included."""
-    with torch.set_grad_enabled(value.requires_grad):
+    """What eager mode's write leaves behind, the gradient history of the value included.
+
+    A constant ends the history of what it is written into; writes that autograd did not see are
+    not here (`memory_of`).
+    """
+    seen = torch.is_grad_enabled() and given.requires_grad
+    with torch.set_grad_enabled(seen or value.requires_grad):
         given.copy_(value)
 
 

@@ -70,9 +70,9 @@ def from_exported(exported: ExportedProgram, *, training: bool, frozen: bool) ->
         notes=notes,
     )
     _require_functional(program)
-    _spell_layout_free(program.graph)
+    spell_layout_free(program.graph)
     if not frozen:
-        _keep_differentiable(program.graph)
+        keep_differentiable(program.graph)
     _drop_unread(program)
     return program
 
@@ -186,7 +186,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return (*start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _spell_layout_free(graph: fx.Graph) -> None:
+def spell_layout_free(graph: fx.Graph) -> None:
     """``view`` relies on the strides of the example and of the backend that attention chose while
     tracing, ``reshape`` on none."""
     for node in graph.nodes:
@@ -194,7 +194,7 @@ def _spell_layout_free(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
 
 
-def _keep_differentiable(graph: fx.Graph) -> None:
+def keep_differentiable(graph: fx.Graph) -> None:
     """``copy``, which slice assignments leave behind, has no derivative."""
     for node in graph.find_nodes(op="call_function", target=aten.copy.default):
         _spell_copy(graph, node)

@@ -11,6 +11,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 
 from graphopt.capture_errors import first_line
+from graphopt.capture_exported import keep_differentiable, spell_layout_free
 from graphopt.errors import CaptureError
 from graphopt.program import InputKind, OutputKind, Program, ProgramInput, ProgramOutput
 from graphopt.source import source_line
@@ -54,7 +55,8 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
         name=_model_name(graph_module),
     )
     program.graph.output_node().args = (program.results(),)
-    flat.graph.lint()
+    spell_layout_free(flat.graph)
+    keep_differentiable(flat.graph)
     program.recompile().lint()
     return program
 

@@ -167,6 +167,22 @@ def written_between_graphs(m, x):
     return (y * y).sum()
 
 
+def cleared_between_graphs(m, x):
+    y = m.linear(x)
+    gap()
+    y.zero_()
+    gap()
+    return (y * m.w).sum()
+
+
+def written_from_a_parameter(m, x):
+    y = x * 2
+    gap()
+    y.copy_(m.w)
+    gap()
+    return (m.linear(x) * y).sum()
+
+
 def hidden_write(m, x):
     y = m.linear(x)
     with torch.no_grad():
@@ -198,12 +214,11 @@ def seen_writes(m, x):
     return (y * m.w * z).sum() + m.buf.sum()
 
 
+SEEN = [seen_writes, written_between_graphs, cleared_between_graphs, written_from_a_parameter]
 HIDDEN = [hidden_write, hidden_by_detach, hidden_after_a_slice_was_set]
 
 
-@pytest.mark.parametrize(
-    "function", [*HIDDEN, seen_writes, written_between_graphs], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("function", [*HIDDEN, *SEEN], ids=lambda f: f.__name__)
 def test_gradients_of_written_values_are_those_of_eager_mode(function):
     model = Net(function).train()
     eager = copy.deepcopy(model)
