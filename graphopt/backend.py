@@ -9,29 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from graphopt.backend_options import check_options, parsed
+from graphopt.backend_runner import Runner
 from graphopt.capture_errors import first_line
-from graphopt.capture_memory import Memory, memory_of, mode_of, overlap, results_memory
+from graphopt.capture_memory import Memory, memory_of, mode_of, results_memory
 from graphopt.dynamo import fake_inputs, program_from_dynamo
 from graphopt.errors import CaptureError, GraphoptError, RecipeError, VerificationError
-from graphopt.optimize import TARGETS
-from graphopt.presets import resolve
-from graphopt.program import OutputKind, Program
+from graphopt.program import Program
 from graphopt.recipe import Options, rewrite_program
 from graphopt.report.model import Report
 
 Compiled = Callable[..., Any]
-_AHEAD_OF_TIME = {
-    "dynamic_shapes": "; Dynamo keeps sizes dynamic that change between calls",
-    "calibration": "; every graph is verified on the values of the call that compiled it",
-    "quality": " and measure the compiled model yourself",
-    "budget": " and measure the compiled model yourself",
-}
 
 
 class Backend:
@@ -130,67 +123,6 @@ def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Co
     return compiled  # type: ignore[no-any-return]
 
 
-class Runner:
-    """Calls a functional graph as Dynamo expects.
-
-    Inputs that were written are written back, and results that show their memory do so again. The
-    original graph runs where another input shows the memory of a written one, which only the values
-    of a call say.
-    """
-
-    def __init__(self, program: Program, memory: Memory, original: Compiled) -> None:
-        self.memory = memory
-        self.original = original
-        self.run: Compiled = program.graph_module
-        nodes = program.placeholders()
-        targets = [program.inputs[n.name].target for n in nodes]
-        self.state = [None if t is None else program.state[t] for t in targets]
-        names = [n.name for n, t in zip(nodes, targets, strict=True) if t is None]
-        values = program.results()
-        pairs = list(zip(values, program.outputs, strict=True))
-        self.updates = [
-            (i, names.index(o.target or ""))
-            for i, (_, o) in enumerate(pairs)
-            if o.kind is OutputKind.INPUT_MUTATION
-        ]
-        self.written = frozenset(position for _, position in self.updates)
-        self.user = [i for i, (_, o) in enumerate(pairs) if o.kind is OutputKind.USER]
-
-    def __call__(self, *inputs: Any) -> Any:
-        if self.written and overlap(inputs, self.written):
-            return self.original(*inputs)
-        results = self.run(*self.bind(self._protected(inputs)))
-        for index, position in self.updates:
-            _write(inputs[position], results[index])
-        returned = [results[i] for i in self.user]
-        return tuple(self.memory.restore(returned, inputs, self.written))
-
-    def bind(self, inputs: Sequence[Any]) -> list[Any]:
-        """The graph's arguments: constants that rewrites added stand between the inputs."""
-        given = iter(inputs)
-        return [next(given) if s is None else s for s in self.state]
-
-    def _protected(self, inputs: Sequence[Any]) -> list[Any]:
-        """Copies of inputs that will be written, where autograd may save them for backward."""
-        values = list(inputs)
-        if torch.is_grad_enabled():
-            for _, position in self.updates:
-                if isinstance(values[position], Tensor):
-                    values[position] = values[position].clone()
-        return values
-
-
-def _write(given: Tensor, value: Tensor) -> None:
-    """What eager mode's write leaves behind, the gradient history of the value included.
-
-    A constant ends the history of what it is written into; writes that autograd did not see are
-    not here (`memory_of`).
-    """
-    seen = torch.is_grad_enabled() and given.requires_grad
-    with torch.set_grad_enabled(seen or value.requires_grad):
-        given.copy_(value)
-
-
 def graphopt_backend(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
 ) -> Compiled:
@@ -198,44 +130,7 @@ def graphopt_backend(
 
     Options are the fields of `graphopt.recipe.Options` (``passes``, ``target``, ``strict``, ...).
     """
-    return Backend(_parse(options.get("options", options)))(graph_module, example_inputs)
-
-
-def _parse(options: dict[str, Any]) -> Options:
-    known = {f.name for f in fields(Options)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise RecipeError(
-            f"unknown backend option {unknown[0]!r}",
-            where="options of torch.compile",
-            fix=f"valid options: {', '.join(sorted(known - _AHEAD_OF_TIME.keys()))}",
-        )
-    return Options(**options)
-
-
-def check_options(options: Options, dynamic_shapes: Any = None) -> None:
-    """Refuse what has no meaning where Dynamo captures graphs as the model is called.
-
-    Raises:
-        RecipeError: names the option, and what to do instead.
-    """
-    if options.target not in TARGETS:
-        raise RecipeError(
-            f"unknown target {options.target!r}",
-            where="option target",
-            fix=f"use one of {', '.join(TARGETS)}",
-        )
-    resolve(options.passes)
-    given = {f.name: getattr(options, f.name) != f.default for f in fields(Options)}
-    given["dynamic_shapes"] = dynamic_shapes is not None
-    for name, fix in _AHEAD_OF_TIME.items():
-        if given[name]:
-            raise RecipeError(
-                f"{name} has no meaning without example_inputs: graphs are captured as the model "
-                "is called",
-                where=f"option {name}",
-                fix=f"pass example_inputs to graphopt.compile, or leave {name} out{fix}",
-            )
+    return Backend(parsed(options.get("options", options)))(graph_module, example_inputs)
 
 
 def compile_dynamic(model: nn.Module, options: Options, dynamic_shapes: Any = None) -> Any:

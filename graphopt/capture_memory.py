@@ -15,13 +15,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
+from graphopt.capture_writes import EagerRun, storage
 from graphopt.conditions import compiled
 from graphopt.errors import CaptureError
-from graphopt.program import is_mutating
 from graphopt.source import source_line
 
 Size = Callable[[Sequence[Any]], int]
@@ -97,7 +95,7 @@ def memory_of(graph_module: fx.GraphModule, fakes: Sequence[Any]) -> Memory:
     gradients, mode = torch.is_grad_enabled(), mode_of(fakes)
     with mode, _unbacked_symbols_ignored(mode), torch.set_grad_enabled(gradients):
         inputs = [_own(f) for f in fakes]
-        run = _Run(graph_module, inputs if gradients else (), mode)
+        run = EagerRun(graph_module, inputs if gradients else (), mode)
         with run.watch:
             results: Any = run.run(*inputs)
     if run.unsaid:
@@ -120,67 +118,7 @@ def results_memory(program_module: fx.GraphModule, fakes: Sequence[Any]) -> list
     """Storage of each result of a functional graph on fake inputs; ``None`` for other values."""
     with mode_of(fakes), torch.no_grad():
         results = program_module(*fakes)
-    return [_storage(r) if isinstance(r, Tensor) else None for r in results]
-
-
-class _Run(fx.Interpreter):
-    """Runs a graph in eager semantics; ``unsaid`` holds the nodes that write unseen."""
-
-    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any], mode: Any) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)
-        self.mode = mode
-        self.sharing: dict[int, list[Tensor]] = {}
-        self.unsaid: list[fx.Node] = []
-        self.current: fx.Node | None = None
-        self.watch = _Writes(self)
-        self._note(list(inputs))
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n
-        result = super().run_node(n)
-        if n.op != "placeholder":
-            self._note(result)
-        return result
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Constants of the graph are real tensors."""
-        held = super().get_attr(target, args, kwargs)
-        return self.mode.from_tensor(held) if isinstance(held, Tensor) else held
-
-    def _note(self, values: Any) -> None:
-        for value in pytree.tree_leaves(values):
-            if isinstance(value, Tensor):
-                self.sharing.setdefault(_storage(value), []).append(value)
-
-    def write(self, written: Tensor) -> None:
-        """A write is seen if gradients are on and the written tensor has a history of its own."""
-        if torch.is_grad_enabled() and written.requires_grad:
-            return
-        if any(t.requires_grad for t in self.sharing.get(_storage(written), ())):
-            assert self.current is not None
-            self.unsaid.append(self.current)
-
-
-class _Writes(TorchDispatchMode):
-    def __init__(self, run: _Run) -> None:
-        super().__init__()
-        self.run = run
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if is_mutating(func):
-            for argument, value in _arguments(func, args, kwargs):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in pytree.tree_leaves(value):
-                        if isinstance(tensor, Tensor):
-                            self.run.write(tensor)
-        return func(*args, **kwargs)
-
-
-def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    schema = func._schema.arguments
-    yield from zip(schema, args, strict=False)
-    yield from ((a, kwargs[a.name]) for a in schema if a.name in kwargs)
+    return [storage(r) if isinstance(r, Tensor) else None for r in results]
 
 
 def _own(fake: Any) -> Any:
@@ -197,13 +135,13 @@ def _unbacked_symbols_ignored(mode: Any) -> Any:
 
 
 def _described(results: list[Any], inputs: Sequence[Any]) -> Memory:
-    owners = {_storage(t): i for i, t in reversed(list(enumerate(inputs))) if _has_storage(t)}
+    owners = {storage(t): i for i, t in reversed(list(enumerate(inputs))) if _has_storage(t)}
     sizes = dict(_symbols(inputs))
     numbers: dict[int, int] = {}
     views: list[View | None] = []
     groups: list[int | None] = []
     for result in results:
-        key = _storage(result) if _has_storage(result) else None
+        key = storage(result) if _has_storage(result) else None
         position = owners.get(key) if key is not None else None
         shown = position is not None
         views.append(_view(result, position, inputs, sizes) if position is not None else None)
@@ -265,26 +203,27 @@ def share(a: Any, b: Any) -> bool:
 
 def overlap(inputs: Sequence[Any], written: frozenset[int]) -> bool:
     """Whether a written input and another one show the same bytes (judged by their extents)."""
-    shown: dict[int, list[int]] = {}
-    for i, value in enumerate(inputs):
-        if isinstance(value, Tensor) and value.numel():
-            shown.setdefault(_start(value), []).append(i)
-    groups = (g for g in shown.values() if len(g) > 1 and not written.isdisjoint(g))
-    pairs = ((i, j) for g in groups for i in g for j in g if i in written and i != j)
-    return any(_meet(inputs[i], inputs[j]) for i, j in pairs)
+    extents = sorted(
+        (v.data_ptr(), v.data_ptr() + _extent(v), i in written)
+        for i, v in enumerate(inputs)
+        if isinstance(v, Tensor) and v.layout is torch.strided and v.numel()
+    )
+    end = end_of_written = 0
+    for start, stop, writes in extents:
+        if start < (end if writes else end_of_written):
+            return True
+        end = max(end, stop)
+        end_of_written = max(end_of_written, stop) if writes else end_of_written
+    return False
 
 
-def _meet(a: Tensor, b: Tensor) -> bool:
-    (start, end), (first, last) = _extent(a), _extent(b)
-    return start < last and first < end
-
-
-def _extent(value: Tensor) -> tuple[int, int]:
-    """First byte in the storage, and one past the last."""
+def _extent(value: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if value.is_contiguous():
+        return value.nbytes
     pairs = zip(value.shape, value.stride(), strict=True)
     elements = 1 + sum((size - 1) * stride for size, stride in pairs)
-    start = value.storage_offset() * value.element_size()
-    return start, start + elements * value.element_size()
+    return elements * value.element_size()
 
 
 def _start(value: Tensor) -> int:
@@ -293,7 +232,3 @@ def _start(value: Tensor) -> int:
 
 def _has_storage(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided
-
-
-def _storage(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)
