@@ -19,13 +19,12 @@ class Frame(NamedTuple):
 
     file: str
     line: int
-    code: str
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n?(?P<code>[^\n]*)')
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 _PACKAGE = Path(__file__).parent
 _CAPTURE = str(_PACKAGE / "capture.py")
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
@@ -57,7 +56,7 @@ def innermost(frames: Sequence[Frame]) -> Frame | None:
 def frames_of(node: fx.Node) -> list[Frame]:
     """The stack under which the node was traced."""
     found = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return [Frame(file, int(line), code.strip()) for file, line, code in found]
+    return [Frame(file, int(line)) for file, line in found]
 
 
 def frames_of_traceback(trace: TracebackType | None) -> list[Frame]:
@@ -80,19 +79,13 @@ def traced_line() -> str | None:
 
 
 def _frames(summaries: Iterable[traceback.FrameSummary]) -> list[Frame]:
-    return [Frame(s.filename, s.lineno or 0, (s.line or "").strip()) for s in summaries]
+    return [Frame(s.filename, s.lineno or 0) for s in summaries]
 
 
 def source_line(node: fx.Node) -> str | None:
     """``file:line`` in the user's code, or ``None`` where no frame of the stack is the user's."""
     frame = innermost(frames_of(node))
     return str(frame) if frame else None
-
-
-def source_code(node: fx.Node) -> str | None:
-    """The text of that line, where the trace carries it."""
-    frame = innermost(frames_of(node))
-    return (frame.code or None) if frame else None
 
 
 def module_path(node: fx.Node) -> str:

@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 import graphopt
 from graphopt.artifact import SIDE_FILE
+from graphopt.capture import capture
+from graphopt.emit.exported import to_exported
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError, LoadError
 from graphopt.loading.plain_values import Opaque, decoded, encoded
@@ -475,3 +477,18 @@ def test_the_file_tells_the_versions_that_wrote_it(saved: Path) -> None:
         facts = json.loads(archive.read(name))
     assert facts["versions"] == {"graphopt": graphopt.__version__, "torch": str(torch.__version__)}
     assert facts["report"]["environment"]["graphopt"] == graphopt.__version__
+
+
+def test_every_folded_tensor_is_a_buffer_of_the_file() -> None:
+    """Two folds of one name: the second is called ``weight_folded_1``."""
+    program = capture(nn.Linear(8, 8).eval(), (X[0],))
+    (layer,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    weight = layer.args[1]
+    for _ in range(2):
+        program.add_state("weight_folded", torch.randn(8, 8), weight.meta["val"])
+    last = next(n for n, t in program.state_nodes().items() if t == "weight_folded_1")
+    layer.replace_input_with(weight, last)
+    exported = to_exported(program.recompile())
+    assert {"weight_folded", "weight_folded_1"} <= exported.state_dict.keys()
+    assert not exported.constants
+    torch.testing.assert_close(exported.module()(X[0]), program.run([X[0]])[0])

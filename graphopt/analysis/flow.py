@@ -116,19 +116,6 @@ def dominators(view: Flow, sources: Iterable[Node] | None = None) -> dict[Node, 
     parameters, say) do not count. Cooper, Harvey and Kennedy, "A simple, fast dominance algorithm".
     """
     roots = [n for n in view if not view.in_degree(n)] if sources is None else list(sources)
-    return _immediate_dominators(view, roots)
-
-
-def post_dominators(view: Flow, sinks: Iterable[Node] | None = None) -> dict[Node, Node | None]:
-    """The immediate post-dominator of every node from which ``sinks`` are reached; None likewise.
-
-    Sinks are the nodes without users unless given.
-    """
-    roots = [n for n in view if not view.out_degree(n)] if sinks is None else list(sinks)
-    return _immediate_dominators(view.reverse(copy=False), roots)
-
-
-def _immediate_dominators(view: Flow, roots: list[Node]) -> dict[Node, Node | None]:
     rooted: nx.DiGraph[Any] = nx.DiGraph(view.edges)
     rooted.add_edges_from((_ENTRY, root) for root in roots)
     found = nx.immediate_dominators(rooted, _ENTRY)

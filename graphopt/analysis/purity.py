@@ -30,7 +30,9 @@ def is_pure(node: fx.Node) -> bool:
 
     Operators of other libraries may read state that the program does not show: they are not.
     """
-    if node.op != "call_function" or node.is_impure() or is_random(node) or is_mutating(node):
+    if node.op != "call_function" or node.is_impure() or is_random(node):
+        return False
+    if is_mutating(node.target):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace in _NAMESPACES and node.target not in _UNDEFINED

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import ExportError
 from graphopt.program import InputKind, OutputKind, Program, ProgramInput, copy_graph, val
+from graphopt.rewrite.builder import is_folded
 
 _ORDER = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.USER)
 _INPUTS = {
@@ -93,7 +94,7 @@ def _order_placeholders(program: Program) -> None:
 
 def _exported_kind(entry: ProgramInput) -> InputKind:
     """Folded tensors are parameters where they are `nn.Parameter`, else constants or buffers."""
-    if entry.kind is InputKind.CONSTANT and entry.target and entry.target.endswith("_folded"):
+    if entry.kind is InputKind.CONSTANT and is_folded(entry.target or ""):
         return InputKind.BUFFER
     return entry.kind
 

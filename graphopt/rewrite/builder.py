@@ -136,6 +136,11 @@ class Builder:
         return _FOLDED.sub("", self.program.target_of(node) or node.name)
 
 
+def is_folded(name: str) -> bool:
+    """Whether a tensor of this name was computed from others when a rewrite folded them."""
+    return _FOLDED.search(name) is not None
+
+
 def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on fake values; no new demand on symbolic sizes may arise.
 

@@ -27,7 +27,6 @@ from graphopt.rewrite.stride import same_layout
 aten = torch.ops.aten
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
-_PLAIN = torch.contiguous_format
 _INNER: Any = {"name": "inner", "escapes": True}
 _LAYOUT_BOUND = frozenset(
     {aten.as_strided.default, aten.view.default, aten.view.dtype, aten.view_as_complex.default}
@@ -40,9 +39,7 @@ class PlainCopy(CopyFree):
     Evaluated dropout, ``contiguous()`` and lifted constants leave such copies behind.
     """
 
-    pattern = op(
-        (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default), "x", ...
-    )
+    pattern = op(_COPIES, "x", ...)
 
     def applies(self, match: Match) -> bool:
         return same_value(match.root, match["x"]) and not _promises_layout(match.root)

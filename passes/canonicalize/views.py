@@ -27,7 +27,10 @@ _SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 ROW_MAJOR = (*RESHAPES, aten.unsqueeze.default, *_SQUEEZES)
 """Views that keep the order of elements: equal shapes before and after mean equal tensors."""
 
-PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default)
+PERMUTES = (
+    *(aten.permute.default, aten.transpose.int),
+    *(aten.t.default, aten.mT.default, aten.numpy_T.default),
+)
 _INNER: Any = {"name": "inner", "escapes": True}
 _DYNAMIC = {"dynamic_shapes": (({0: Dim.DYNAMIC},),)}
 
@@ -162,6 +165,7 @@ class PermuteForm(Identity):
         yield case("negative", lambda x: x.permute(-1, 0, 1) + 1)
         yield case("nothing moves", lambda x: x.permute(0, 1, 2) + 1)
         yield case("vector", lambda x: x.t() + 1, (3,))
+        yield case("no axes", lambda x: x.transpose(0, -1) + 1, ())
 
     def near_misses(self) -> Iterable[Example]:
         yield case("swap", lambda x: x.transpose(1, 2) + 1)
@@ -274,11 +278,13 @@ def permutation(node: fx.Node) -> list[int]:
     """Where each dimension of the result comes from, for any operator of `PERMUTES`."""
     source: Tensor = val(node.args[0])
     order = list(range(source.dim()))
+    if not order:
+        return order
+    given = arguments(node)
     if node.target is aten.permute.default:
-        return [int(d) % len(order) for d in arguments(node)["dims"]]
-    if node.target is aten.transpose.int:
-        given = arguments(node)
-        a, b = given["dim0"], given["dim1"]
+        return [int(d) % len(order) for d in given["dims"]]
+    if node.target in (aten.transpose.int, aten.mT.default):
+        a, b = given.get("dim0", -2), given.get("dim1", -1)
         order[a], order[b] = order[b], order[a]
         return order
     return order[::-1]

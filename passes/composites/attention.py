@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.canonicalize.identity import same_sizes
 from graphopt.passes.composites import attention_examples as cases
-from graphopt.passes.composites.expressions import same_extents
 from graphopt.passes.composites.layout import Layout
 from graphopt.passes.composites.masks import Masking, build_mask, read_masks, restore_nan
 from graphopt.passes.composites.products import Operand, Product, crossed_axes, peeled
@@ -164,15 +164,15 @@ def _misfit(
     product, last = scores.product, weighing.product
     if product.out != tuple(range(len(product.out))):
         return Refusal("the scores are laid out with other axes last", product.node)
-    if not same_extents(query.shape[:-2], val(product.node).shape[:-2]):
+    if not same_sizes(query.shape[:-2], val(product.node).shape[:-2]):
         return Refusal("the query is broadcast over batch axes", product.node)
-    if scores.view is None and not same_extents(val(scores.work).shape, val(product.node).shape):
+    if scores.view is None and not same_sizes(val(scores.work).shape, val(product.node).shape):
         return Refusal("a mask broadcasts the scores", scores.work)
     if scores.view is not None and scores.factors:
         return Refusal("scores scaled per head are regrouped", scores.factors[0])
     weights = val(last.left.node).shape
-    regrouped = not same_extents(weights, val(scores.work).shape)
-    if regrouped and not same_extents(value.shape[:-2], weights[:-2]):
+    regrouped = not same_sizes(weights, val(scores.work).shape)
+    if regrouped and not same_sizes(value.shape[:-2], weights[:-2]):
         return Refusal("the weights are regrouped and the value is broadcast", last.node)
     allowed = (torch.bool, torch.float32, val(query.node).dtype)
     odd = next((n for n in masking.nodes if val(n).dtype not in allowed), None)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.passes.composites.expressions import CASTS, COPIES, REORDERS, VIEWS, number
+from graphopt.passes.canonicalize.views import PERMUTES
+from graphopt.passes.composites.expressions import CASTS, COPIES, VIEWS, number
 from graphopt.program import Program, val
 from graphopt.rewrite import arguments
 
@@ -31,7 +32,7 @@ _PASSING = frozenset(
         aten.index.Tensor,
         *COPIES,
         *VIEWS,
-        *REORDERS,
+        *PERMUTES,
     }
 )
 _LAYERS = frozenset(

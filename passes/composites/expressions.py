@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.passes.canonicalize.views import PERMUTES, permutation
 from graphopt.program import Program, is_random, val
 from graphopt.rewrite import Matcher, arguments
 
@@ -27,15 +27,6 @@ COPIES = frozenset(
     {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default}
 )
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
-REORDERS = frozenset(
-    {
-        aten.transpose.int,
-        aten.permute.default,
-        aten.t.default,
-        aten.mT.default,
-        aten.numpy_T.default,
-    }
-)
 PRODUCTS = frozenset(
     {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 )
@@ -78,18 +69,7 @@ def scaled(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
 
 def reordered(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
     """``x, order`` where the node is ``x.permute(order)`` in any spelling, else ``None``."""
-    if not is_call(node, *REORDERS):
-        return None
-    rank = val(node).dim()
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        order = [d % rank for d in node.args[1]]
-    elif node.target is aten.numpy_T.default:
-        order.reverse()
-    elif rank >= 2:
-        first, second = node.args[1:3] if node.target is aten.transpose.int else (-2, -1)
-        order[first % rank], order[second % rank] = second % rank, first % rank
-    return node.args[0], tuple(order)
+    return (node.args[0], tuple(permutation(node))) if is_call(node, *PERMUTES) else None
 
 
 def same_value(a: Any, b: Any) -> bool:
@@ -102,13 +82,6 @@ def same_value(a: Any, b: Any) -> bool:
         return False
     left, right = arguments(a), arguments(b)
     return left.keys() == right.keys() and all(same_value(left[k], right[k]) for k in left)
-
-
-def same_extents(a: Any, b: Any) -> bool:
-    """Whether two shapes are equal for every input."""
-    return len(a) == len(b) and all(
-        statically_known_true(x == y) for x, y in zip(a, b, strict=True)
-    )
 
 
 def upward(node: fx.Node, depth: int) -> Iterator[fx.Node]:

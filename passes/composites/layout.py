@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.errors import IllegalRewriteError
-from graphopt.passes.composites.expressions import same_extents
+from graphopt.passes.canonicalize.identity import same_sizes
 from graphopt.passes.composites.products import Operand, Product
 from graphopt.program import val
 from graphopt.rewrite import Builder
@@ -82,13 +82,13 @@ class Layout:
     def _original_axes(self, out: fx.Node, product: Product, value: Operand) -> fx.Node:
         if product.out != tuple(range(len(product.out))):
             out = self.build(aten.permute.default, out, list(product.out))
-        if not same_extents(val(out).shape, val(product.node).shape):
+        if not same_sizes(val(out).shape, val(product.node).shape):
             sizes = [self.build.size(value.node, d) for d in value.leading]
             out = self.build(aten.reshape.default, out, [*sizes, *self._matrix(out)])
         return out
 
     def _fits(self, node: fx.Node) -> bool:
-        return same_extents(val(node).shape[:-2], [val(s) for s in self.lead])
+        return same_sizes(val(node).shape[:-2], [val(s) for s in self.lead])
 
     def _spreads(self, node: fx.Node) -> bool:
         """Whether the batch axes differ from the query's by broadcasting only."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.canonicalize.identity import same_sizes
 from graphopt.passes.composites import norm_examples as cases
-from graphopt.passes.composites.expressions import CASTS, is_call, same_extents
+from graphopt.passes.composites.expressions import CASTS, is_call
 from graphopt.passes.composites.normalised import ROOTS, Normalised, by_variance, read_normalised
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, Candidate, Example, Match, Pass, Profit, Refusal, Rule
@@ -134,7 +135,7 @@ def _applied(node: fx.Node | None, target: Any, axes: int) -> tuple[fx.Node | No
     other = user.args[1] if user.args[0] is node else user.args[0]
     x, vector = val(node), val(other)
     fits = isinstance(vector, Tensor) and vector.dtype == x.dtype and other is not node
-    if fits and same_extents(vector.shape, x.shape[x.dim() - axes :]):
+    if fits and same_sizes(vector.shape, x.shape[x.dim() - axes :]):
         return other, user
     return None, None
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.passes.composites.expressions import CASTS, COPIES, VIEWS, is_call, same_extents
+from graphopt.passes.canonicalize.identity import same_sizes
+from graphopt.passes.composites.expressions import CASTS, COPIES, VIEWS, is_call
 from graphopt.program import val
 from graphopt.rewrite import arguments
 
@@ -58,7 +59,7 @@ def keeps_place(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or not isinstance(val(source), Tensor):
         return False
     if is_call(node, *VIEWS, *SPREAD):
-        return val(source).dim() >= 2 and same_extents(val(source).shape[-2:], val(node).shape[-2:])
+        return val(source).dim() >= 2 and same_sizes(val(source).shape[-2:], val(node).shape[-2:])
     if node.target is aten.slice.Tensor:
         given = arguments(node)
         inner = given["dim"] % val(node).dim() >= val(node).dim() - 2

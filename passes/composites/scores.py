@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.passes.canonicalize.identity import same_sizes
 from graphopt.passes.composites.expressions import (
     CASTS,
     COPIES,
@@ -17,7 +18,6 @@ from graphopt.passes.composites.expressions import (
     is_call,
     is_tensor,
     number,
-    same_extents,
     scaled,
 )
 from graphopt.passes.composites.products import Product, product_of
@@ -147,7 +147,7 @@ def _regrouped(mask: Mask, node: fx.Node, view: list[Any]) -> Bias | None:
     """A bias on the scores before their view, to be viewed likewise."""
     if not isinstance(mask, Bias) or val(mask.value).dim() != val(node).dim():
         return None
-    fits = same_extents(val(mask.value).shape[:-2], val(node).shape[:-2])
+    fits = same_sizes(val(mask.value).shape[:-2], val(node).shape[:-2])
     return Bias(mask.value, mask.sign, tuple(view[:-2])) if fits else None
 
 
@@ -164,7 +164,7 @@ def _copy(walk: _Walk, node: fx.Node) -> fx.Node:  # noqa: ARG001
 
 def _view(walk: _Walk, node: fx.Node) -> fx.Node | Refusal:
     source = node.args[0]
-    if not same_extents(val(source).shape[-2:], val(node).shape[-2:]):
+    if not same_sizes(val(source).shape[-2:], val(node).shape[-2:]):
         return Refusal(f"`{node.name}` regroups the scores themselves", node)
     if walk.work is not None and walk.view is None:
         walk.view = list(node.args[1])
@@ -177,7 +177,7 @@ def _scale(walk: _Walk, node: fx.Node) -> fx.Node | Refusal:
         return found[0]
     scores, factor = _nearer(*node.args[:2])
     rows = list(val(factor).shape[-2:]) if is_tensor(factor) else []
-    one = len(rows) == 2 and same_extents(rows, [1, 1])
+    one = len(rows) == 2 and same_sizes(rows, [1, 1])
     if node.target is not aten.mul.Tensor or not one or distance(scores) is None:
         return Refusal("the scale of the scores is not one number per head", node)
     walk.factors.append(factor)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from graphopt.passes.canonicalize.identity import same_sizes
 from graphopt.passes.composites.expressions import (
     CASTS,
     COPIES,
@@ -15,7 +16,6 @@ from graphopt.passes.composites.expressions import (
     PRODUCTS,
     VIEWS,
     is_call,
-    same_extents,
     scaled,
 )
 from graphopt.passes.composites.products import Product, product_of
@@ -92,7 +92,7 @@ def _obstacle(program: Program, node: fx.Node, before: fx.Node) -> Refusal | Non
         return None if val(node).dtype.is_floating_point else Refusal("weights are cast", node)
     if is_call(node, *COPIES):
         return None
-    if is_call(node, *VIEWS) and same_extents(val(before).shape[-2:], val(node).shape[-2:]):
+    if is_call(node, *VIEWS) and same_sizes(val(before).shape[-2:], val(node).shape[-2:]):
         return None
     if is_call(node, *DROPOUTS):
         return _dropout(node)

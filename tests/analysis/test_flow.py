@@ -18,7 +18,6 @@ from graphopt.analysis.flow import (
     leaves,
     levels,
     mutates,
-    post_dominators,
     reachable,
 )
 
@@ -91,12 +90,6 @@ def test_dominators_from_all_inputs_and_from_the_data_alone(diamond: dict[str, N
     assert everything[n["c"]] is None and everything[n["d"]] is None
     data = dominators(view, [n["x"]])
     assert data[n["c"]] is n["a"] and data[n["d"]] is n["a"] and n["w"] not in data
-
-
-def test_post_dominators(diamond: dict[str, Node]) -> None:
-    n = diamond
-    found = post_dominators(flow(n["x"].graph))
-    assert found[n["a"]] is n["d"] and found[n["w"]] is n["c"] and found[n["out"]] is None
 
 
 @pytest.mark.parametrize("build", [bert, resnet])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from hostile_files import Payload, saved
 
 from graphopt.errors import LoadError
-from graphopt.loading import LoadedModel, check_tensors, inspect_file, load_model
+from graphopt.loading import LoadedModel, inspect_file, load_model
+from graphopt.loading.tensors import named_tensors
 
 SOURCE = """
 import torch
@@ -490,5 +492,18 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_shared_tensors_are_seen_once_each() -> None:
-    check_tensors({"a": torch.ones(1), "b": [torch.ones(1)] * 3})
+def test_containers_that_are_shared_are_seen_once() -> None:
+    """A nest of lists, each twice in the next, has two to the power of thirty paths."""
+    nest: list[object] = [torch.ones(1)]
+    for _ in range(30):
+        nest = [nest, nest]
+    nest.append(nest)
+    found = islice(named_tensors({"a": nest}), 3)
+    assert [name for name, _ in found] == ["a" + ".0" * 31]
+
+
+def test_a_tensor_is_told_under_each_of_its_names() -> None:
+    tensor = torch.ones(1)
+    found = list(named_tensors({"a": tensor, "b": [tensor, tensor]}))
+    assert [name for name, _ in found] == ["a", "b.0", "b.1"]
+    assert all(value is tensor for _, value in found)

@@ -242,12 +242,14 @@ def test_examples_in_other_layouts_and_dtypes(example):
 
 
 def check(module, inputs):
-    """The program before is the judge; examples that do not run so are no examples."""
+    """The program before is the judge; a view that these strides do not allow is no example."""
     try:
         module(*inputs)
-        program = capture(module, tuple(inputs))
-    except Exception as error:
-        pytest.skip(f"does not run so: {type(error).__name__}")
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        pytest.skip("no view in these strides")
+    program = capture(module, tuple(inputs))
     context = Context.of(program, strict=True, measure=False)
     context.report = Report("variant")
     after = run_pass(program, Canonicalize(), context)
