@@ -40,7 +40,6 @@ class Canonicalize(Pass):
             views.SameShape(),
             views.RowMajorRoundTrip(),
             views.ReshapeOfReshape(),
-            views.ReshapeForm(),
             views.PermuteForm(),
             views.PermuteOfPermute(),
             views.ExpandOfExpand(),

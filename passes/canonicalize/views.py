@@ -120,27 +120,6 @@ class ReshapeOfReshape(Identity):
         yield case("a permutation inside", lambda x: x.view(24, 8).t().reshape(4, 48) + 1)
 
 
-class ReshapeForm(Identity):
-    """``view(x, s) = reshape(x, s)``, which does not depend on how ``x`` lies in memory.
-
-    Capture fixes ``view`` where the strides it saw allow one; the attention kernel that runs later
-    may return others.
-    """
-
-    pattern = op(RESHAPES[1:], "x", "shape")
-
-    def rewrite(self, match: Match, build: Builder) -> Any:
-        return build(aten.reshape.default, match["x"], match["shape"])
-
-    def examples(self) -> Iterable[Example]:
-        yield case("view", lambda x: x.view(24, 8) + 1)
-        yield case("after a copy", lambda x: x.mT.reshape(4, 48) + 1)
-        yield case("dynamic", lambda x: x.view(x.shape[0], -1) + 1, **_DYNAMIC)
-
-    def near_misses(self) -> Iterable[Example]:
-        yield case("view of other bits", lambda x: x.view(torch.int32) + 1)
-
-
 class PermuteForm(Identity):
     """``t``, ``.T``, ``permute`` and ``transpose`` become the plainest of them, from dim 0 up.
 
