@@ -47,9 +47,11 @@ def compile(
 
     Args:
         dynamic_shapes: axes that must stay dynamic, as `torch.export.export` takes them.
-        passes: ``"exact"`` (default), another preset, a YAML recipe, or a sequence of passes.
-        calibration: inputs the result is verified on besides ``example_inputs``.
-        quality: ``quality(module) -> float``, higher is better; checked against ``budget``.
+        passes: ``"exact"`` (default), another preset, a YAML recipe, a pass, or a sequence of them.
+        calibration: inputs the result is verified on besides ``example_inputs``, which it needs:
+            a sequence of tensors, tuples or dicts that fit the captured signature.
+        quality: ``quality(module) -> float``, higher is better; checked against ``budget``. It
+            needs ``example_inputs`` too.
         budget: how far ``quality`` may fall below the original's, absolute.
         target: ``"torch"``, or ``"inductor"`` to hand the rewritten graph on to Inductor.
         providers: ONNX Runtime execution providers; only for the target ``"onnxruntime"``.
@@ -58,6 +60,8 @@ def compile(
         progress: called with a line of text as the work proceeds.
 
     Raises:
+        RecipeError: ``passes`` is no recipe.
+        GraphoptError: ``calibration``, ``quality`` or another argument does not fit.
         CaptureError: the model cannot be captured.
         VerificationError: the result is wrong (always for the whole, with ``strict`` for any part).
     """
