@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from graphopt.analysis.aliases import is_view, memory_of
 from graphopt.capture_memory import Memory, overlap
 from graphopt.program import OutputKind, Program
 
@@ -29,7 +30,8 @@ class Runner:
         nodes = program.placeholders()
         targets = [program.inputs[n.name].target for n in nodes]
         self.state = [None if t is None else program.state[t] for t in targets]
-        names = [n.name for n, t in zip(nodes, targets, strict=True) if t is None]
+        given = [n for n, t in zip(nodes, targets, strict=True) if t is None]
+        names = [n.name for n in given]
         values = program.results()
         pairs = list(zip(values, program.outputs, strict=True))
         self.updates = [
@@ -38,6 +40,7 @@ class Runner:
             if o.kind is OutputKind.INPUT_MUTATION
         ]
         self.written = frozenset(position for _, position in self.updates)
+        self.exposed = any(_shows(v, {given[p] for p in self.written}) for v in values)
         self.user = [i for i, (_, o) in enumerate(pairs) if o.kind is OutputKind.USER]
 
     def __call__(self, *inputs: Any) -> Any:
@@ -55,13 +58,22 @@ class Runner:
         return [next(given) if s is None else s for s in self.state]
 
     def _protected(self, inputs: Sequence[Any]) -> list[Any]:
-        """Copies of inputs that will be written, where autograd may save them for backward."""
+        """Copies of inputs that will be written, where their old values are needed afterwards.
+
+        Autograd may save them for backward, and results may show them.
+        """
         values = list(inputs)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.exposed:
             for _, position in self.updates:
                 if isinstance(values[position], Tensor):
                     values[position] = values[position].clone()
         return values
+
+
+def _shows(value: Any, written: set[fx.Node]) -> bool:
+    """Whether a result may lie in the old memory of an input that is written."""
+    root = memory_of(value) if isinstance(value, fx.Node) else None
+    return root is not None and (root in written or (bool(written) and is_view(root)))
 
 
 def _write(given: Tensor, value: Tensor) -> None:

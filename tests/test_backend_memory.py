@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt import backend as backend_module
 from graphopt.backend import Backend
 from graphopt.errors import CaptureError
 from graphopt.recipe import Options
@@ -148,6 +149,54 @@ def test_views_follow_dynamic_sizes():
     assert len(backend.reports) == 2 and backend.reports[0].verified
 
 
+def swapped(x, y):
+    kept = y.clone()
+    y.copy_(x)
+    x.copy_(kept)
+    return x + 0
+
+
+def handed_on(x, y):
+    total = x + y
+    y.copy_(x)
+    x.zero_()
+    return total
+
+
+def old_value(x, y):
+    kept = x.clone()
+    x.add_(y)
+    return kept[1:]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("function", [swapped, handed_on, old_value])
+def test_old_values_survive_the_write(function, gradients):
+    fast = torch.compile(function, backend=Backend(Options(measure=False)))
+    with torch.set_grad_enabled(gradients):
+        pairs = [[torch.arange(4.0), torch.full((4,), 7.0)] for _ in range(2)]
+        torch.testing.assert_close(fast(*pairs[0]), function(*pairs[1]))
+    torch.testing.assert_close(pairs[0], pairs[1])
+
+
+def test_results_that_would_no_longer_share_memory_are_left_to_eager_mode(monkeypatch):
+    def function(x):
+        y = x * 2
+        return y, y[1:]
+
+    def apart(*_arguments):
+        return [1, 2]
+
+    kept = Backend(Options(measure=False))
+    torch.compile(function, backend=kept)(torch.ones(4))
+    assert kept.reports[0].verified
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend_module, "results_memory", apart)
+    left = Backend(Options(measure=False))
+    torch.compile(function, backend=left)(torch.ones(4))
+    assert "results share memory" in left.reports[0].notes[0]
+
+
 def test_inputs_that_share_memory_only_later_are_seen():
     def function(x, y):
         x.mul_(2)
@@ -170,7 +219,7 @@ def written_between_graphs(m, x):
 def cleared_between_graphs(m, x):
     y = m.linear(x)
     gap()
-    y.zero_()
+    y.copy_(x)
     gap()
     return (y * m.w).sum()
 
