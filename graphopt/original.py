@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture_errors import first_line
 from graphopt.capture_watch import left_as_it_is
 from graphopt.errors import CaptureError
-from graphopt.program import OutputKind, Program
+from graphopt.program import OutputKind, Program, ProgramOutput
 from graphopt.source import frames_of_traceback, innermost
 from graphopt.verify.replay import SEED
 
@@ -24,7 +24,8 @@ def run_original(
     """Values of the program's outputs as the module itself makes them.
 
     What it writes into inputs and buffers comes first, as in the program; that part is missing
-    where the program's inputs are not the caller's own tensors.
+    where the program's inputs are not the caller's own tensors. Results that show the memory of an
+    updated buffer are noted in the program's outputs: a functional graph does not tell.
 
     Raises:
         CaptureError: the module fails on these inputs; says with what, and at which of its lines.
@@ -36,8 +37,24 @@ def run_original(
     with left_as_it_is(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(SEED)
         outputs = pytree.tree_leaves(_called(model, *call))
+        _note_shown(program, model, outputs)
         values = [*_written(program, model, copies), *outputs]
         return [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+
+
+def _note_shown(program: Program, model: nn.Module, outputs: Sequence[Any]) -> None:
+    """Name, for each user output that lies in a buffer the program updates, that buffer."""
+    updated = {o.target for o in program.outputs if o.kind is OutputKind.BUFFER_MUTATION}
+    owners = {
+        buffer.untyped_storage()._cdata: name
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name in updated
+    }
+    user = [i for i, o in enumerate(program.outputs) if o.kind is OutputKind.USER]
+    for index, value in zip(user, outputs, strict=False):
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            shown = owners.get(value.untyped_storage()._cdata)
+            program.outputs[index] = ProgramOutput(OutputKind.USER, shown)
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -53,7 +53,10 @@ class ProgramInput:
 
 @dataclass(frozen=True)
 class ProgramOutput:
-    """One position of the output node; ``target`` names the buffer or input it updates."""
+    """One position of the output node; ``target`` names the buffer or input it updates.
+
+    For a user output it names the updated buffer whose memory the result shows, if any.
+    """
 
     kind: OutputKind
     target: str | None = None
@@ -116,6 +119,8 @@ class Program:
         assumptions: further conditions on sizes that every call must meet.
         axis_names: symbol -> the name under which the user declared the axis.
         notes: sentences about the capture that a user should read.
+        relied: names of state whose values the rewrites so far have used.
+        read: names of state whose values were looked at since this was last cleared.
     """
 
     graph_module: fx.GraphModule
@@ -131,6 +136,8 @@ class Program:
     assumptions: tuple[Assumption, ...] = ()
     axis_names: Mapping[Any, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    relied: frozenset[str] = frozenset()
+    read: set[str] = field(default_factory=set)
 
     @property
     def graph(self) -> fx.Graph:
@@ -193,7 +200,8 @@ class Program:
             if entry.kind is InputKind.USER:
                 wanted = _takes_gradient(next(given, None), flat=self.call is None)
             else:
-                wanted = entry.kind is InputKind.PARAMETER and self.tensor(node).requires_grad
+                owned = self.state[entry.target or ""]
+                wanted = entry.kind is InputKind.PARAMETER and owned.requires_grad
             found |= {node.name} if wanted else set()
         return frozenset(found)
 
@@ -211,10 +219,11 @@ class Program:
         return self.frozen or entry.kind is InputKind.CONSTANT
 
     def tensor(self, node: fx.Node) -> Tensor:
-        """The tensor behind a state placeholder."""
+        """The tensor behind a state placeholder; noted as read, as a rewrite may depend on it."""
         entry = self.input_of(node)
         if entry is None or entry.target is None:
             raise IllegalRewriteError(f"{node.name} is not state of {self.name}")
+        self.read.add(entry.target)
         return self.state[entry.target]
 
     def add_state(self, name: str, value: Tensor, meta: Any) -> fx.Node:
@@ -273,6 +282,7 @@ class Program:
             outputs=list(self.outputs),
             state=dict(self.state),
             notes=list(self.notes),
+            read=set(),
         )
 
     def run(

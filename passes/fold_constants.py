@@ -70,7 +70,7 @@ class FoldCone(Rule):
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         piece = extract(match.program, [match.root], set(match.nodes))
         with torch.no_grad():
-            (value,) = piece.module(*(piece.state[name] for name in piece.inputs))
+            (value,) = piece.module(*map(match.program.tensor, piece.sources))
         return build.state(_name(match.root, piece.state, match.program), value.clone())
 
     def examples(self) -> Iterable[Example]:
@@ -155,7 +155,7 @@ class Cones:
         for node in cone[1:]:
             if all(user in freed or user in dead for user in node.users):
                 freed.add(node)
-        state = [self.program.tensor(n) for n in freed if n.op == "placeholder"]
+        state = [val(n) for n in freed if n.op == "placeholder"]
         sizes = {"bytes": _bytes(val(root)), "freed": sum(map(_bytes, state))}
         nodes = tuple(n for n in cone if n.op != "placeholder")
         inside = set(nodes)

@@ -737,7 +737,7 @@ def test_a_weight_that_was_folded_and_is_written_is_an_error(name):
     fast = optimized(model, x)
     with torch.no_grad():
         model.state_dict()[name].mul_(2)
-    with pytest.raises(GraphoptError, match=f"{name} was written in place after it was folded"):
+    with pytest.raises(GraphoptError, match=f"{name} was written after it was folded"):
         fast(x)
 
 

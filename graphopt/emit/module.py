@@ -12,14 +12,20 @@ from torch.utils import _pytree as pytree
 
 from graphopt.emit.folded import FoldedWeights
 from graphopt.emit.guards import CallBinder, InputGuard
+from graphopt.emit.memory import Write, overlap, store
+from graphopt.errors import GraphoptError
 from graphopt.program import InputKind, OutputKind, Program
 from graphopt.report.model import Report
 
+_USER = OutputKind.USER
 _FOLDED = re.compile(r"_folded(_\d+)?$")
 
 
 class OptimizedModule(nn.Module):
     """The emitted module.
+
+    Captured in eval mode, it takes its weights as constants: gradients reach its inputs, not its
+    weights. Buffers that it updates are written in place, so the original sees the updates.
 
     State stands in the original hierarchy, so ``state_dict`` keys are those of the original where
     a tensor was not rewritten. A tensor that was folded has a name of its own, so that loading an
@@ -66,30 +72,53 @@ class OptimizedModule(nn.Module):
         """Call as the captured module was called."""
         flat = self._binder(args, kwargs)
         self._guard(flat)
+        self._keep_apart(flat)
         self._folded()
         results = self._graph(*self._arguments(flat))
         return self._finish(results, flat)
 
     def _arguments(self, flat: list[Any]) -> list[Any]:
-        given = iter(flat)
-        return [next(given) if t is None else _get(self, t) for t in self._graph.targets]
+        given, recording = iter(flat), torch.is_grad_enabled()
+        return [
+            next(given) if target is None else self._state(target, recording)
+            for target in self._graph.targets
+        ]
+
+    def _keep_apart(self, flat: list[Any]) -> None:
+        """Refuse an input that is written and shares memory with another one."""
+        for name in self._graph.written:
+            place = flat[self._graph.positions[name]]
+            others = [v for i, v in enumerate(flat) if i != self._graph.positions[name]]
+            if any(isinstance(v, Tensor) and overlap(v, place) for v in others):
+                raise GraphoptError(
+                    f"{name} is written in place and shares memory with another input",
+                    fix="pass a copy of one of them",
+                )
+
+    def _state(self, name: str, recording: bool) -> Tensor:
+        """A tensor of the module as the graph takes it.
+
+        What autograd may save is not the buffer itself, which is written after the graph has run.
+        """
+        tensor = _get(self, name)
+        if recording and name in self._graph.updated:
+            return tensor.detach().clone()
+        return tensor.detach() if recording and self.program.frozen else tensor
 
     def _finish(self, results: tuple[Any, ...], flat: list[Any]) -> Any:
-        """Write updated buffers back, after the graph has run, then rebuild the outputs."""
-        outputs: list[Any] = []
-        written: list[tuple[Tensor, Tensor]] = []
+        """Write updated buffers and inputs, after the graph has run, then rebuild the outputs."""
+        given: list[Write] = []
+        buffers: dict[str, Write] = {}
         for value, (kind, target) in zip(results, self._graph.outputs, strict=True):
-            if kind is OutputKind.USER:
-                outputs.append(value)
-            elif kind is OutputKind.BUFFER_MUTATION:
-                _write_buffer(self, target, value)
-            else:
-                given = flat[self._graph.positions[target]]
-                written.append((value, given))
-                with torch.no_grad():
-                    given.copy_(value)
-        for value, given in written:
-            outputs = [_in_memory_of(given, value, o) for o in outputs]
+            if kind is OutputKind.BUFFER_MUTATION:
+                buffers[target] = (value, _get(self, target))
+            elif kind is OutputKind.INPUT_MUTATION:
+                given.append((value, flat[self._graph.positions[target]]))
+        pairs = zip(results, self._graph.outputs, strict=True)
+        user = [(value, buffers.get(name)) for value, (kind, name) in pairs if kind is _USER]
+        outputs = [value for value, _ in user]
+        if given or buffers:
+            outputs = store(given, list(buffers.values()), user)
         call = self.program.call
         return outputs if call is None else pytree.tree_unflatten(outputs, call.out_spec)
 
@@ -102,8 +131,6 @@ class OptimizedModule(nn.Module):
 
     def train(self, mode: bool = True) -> OptimizedModule:
         """Stay in the captured mode; a program cannot change between training and evaluation."""
-        from graphopt.errors import GraphoptError
-
         if mode != self.program.training:
             wanted, captured = ("training", "eval") if mode else ("eval", "training")
             raise GraphoptError(
@@ -111,6 +138,18 @@ class OptimizedModule(nn.Module):
                 fix=f"call .{'train' if mode else 'eval'}() on the original, then compile it again",
             )
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModule:
+        """Stay in the captured dtypes and on the captured devices: the graph was made for them."""
+        for dtype, device in {(t.dtype, t.device) for t in self.state_dict().values()}:
+            made = fn(torch.empty(0, dtype=dtype, device=device))
+            if (made.dtype, made.device) != (dtype, device):
+                raise GraphoptError(
+                    f"this module was captured in {dtype} on {device} and cannot become "
+                    f"{made.dtype} on {made.device}",
+                    fix="convert or move the original, then compile it again",
+                )
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         kept = len(self.report.applied)
@@ -127,6 +166,8 @@ class _Graph(nn.Module):
         names = [n.name for n in nodes if program.inputs[n.name].target is None]
         self.positions = {name: i for i, name in enumerate(names)}
         self.outputs = [(o.kind, o.target or "") for o in program.outputs]
+        self.updated = {t for kind, t in self.outputs if kind is OutputKind.BUFFER_MUTATION}
+        self.written = [t for kind, t in self.outputs if kind is OutputKind.INPUT_MUTATION]
         self.code: Callable[..., Any] = fx.GraphModule(program.graph_module, program.graph)
 
     def forward(self, *flat: Any) -> Any:
@@ -151,28 +192,3 @@ def _get(root: nn.Module, name: str) -> Tensor:
         root = root._modules[part]  # type: ignore[assignment]
     found = root._parameters.get(leaf)
     return found if found is not None else root._buffers[leaf]  # type: ignore[return-value]
-
-
-def _write_buffer(root: nn.Module, name: str, value: Tensor) -> None:
-    """Rebind instead of writing in place: the old tensor may be saved for backward."""
-    *path, leaf = name.split(".")
-    for part in path:
-        root = root._modules[part]  # type: ignore[assignment]
-    root._buffers[leaf] = value.detach()
-
-
-def _in_memory_of(given: Tensor, value: Tensor, output: Any) -> Any:
-    """The output as a view of an input, where it views the value that was written into it."""
-    if output is value:
-        return given
-    if not isinstance(output, Tensor) or output.requires_grad or not _share(output, value):
-        return output
-    if value.stride() != given.stride():
-        whole = (output.shape, output.stride()) == (value.shape, value.stride())
-        return given.view_as(given) if whole else output
-    start = given.storage_offset() + output.storage_offset() - value.storage_offset()
-    return given.as_strided(output.shape, output.stride(), start)
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0

@@ -176,6 +176,12 @@ def _exportable(module: OptimizedModule) -> Program:
         raise ExportError(
             f"{program.name} was captured in training mode", fix="capture it after model.eval()"
         )
+    if updated := sorted(program.mutated_state()):
+        raise ExportError(
+            f"the model updates its buffer {updated[0]!r} on every call, and an ONNX file keeps no "
+            "state between runs",
+            fix="take the state as an input and return its new value",
+        )
     return program
 
 

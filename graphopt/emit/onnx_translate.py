@@ -56,7 +56,7 @@ def translate(
     try:
         with quiet():
             made: Any = torch.onnx.export(
-                to_exported(program),
+                to_exported(_without_layouts(program)),
                 dynamo=True,
                 input_names=list(inputs) if _all_tensors(program) else None,
                 output_names=named if _all_tensors(program) else None,
@@ -66,6 +66,14 @@ def translate(
     except torch.onnx.errors.OnnxExporterError as error:
         raise _untranslated(error, program) from error
     return made
+
+
+def _without_layouts(program: Program) -> Program:
+    """The program with ``contiguous`` as a copy; the exporter drops it, and loses the name."""
+    twin = program.copy()
+    for node in twin.graph.find_nodes(op="call_function", target=torch.ops.aten.contiguous.default):
+        node.target, node.args, node.kwargs = torch.ops.aten.clone.default, node.args[:1], {}
+    return twin.recompile()
 
 
 def _all_tensors(program: Program) -> bool:

@@ -8,7 +8,7 @@ number of rewrites turns a pair of rules that undo each other into an error that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,7 @@ from graphopt.errors import IllegalRewriteError
 from graphopt.program import Program, operator_name, val
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Refusal
-from graphopt.rewrite.rule import Missed, Rule
+from graphopt.rewrite.rule import Candidate, Missed, Rule
 from graphopt.rewrite.stride import restride
 from graphopt.rewrite.subgraph import Subgraph, extract
 from graphopt.source import source_line
@@ -92,15 +92,16 @@ def apply_rules(program: Program, rules: Sequence[Rule], banned: Collection[Key]
 
 def _round(program: Program, rules: Sequence[Rule], banned: Collection[Key], log: Log) -> int:
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    candidates = [(rule, c) for rule in rules for c in rule.find(program)]
-    for rule, candidate in candidates:
+    candidates = [found for rule in rules for found in _find(rule, program)]
+    for rule, candidate, _ in candidates:
         if candidate.trace is not None:
             log.miss(rule, Refusal(candidate.trace.reason, candidate.trace.culprit), None, "match")
-    matches = [(rule, c.match) for rule, c in candidates if c.match is not None]
+    matches = [(rule, c.match, read) for rule, c, read in candidates if c.match is not None]
     matches.sort(key=lambda pair: (-pair[0].benefit, order[pair[1].root]))
     touched: set[fx.Node] = set()
     applied = 0
-    for rule, match in matches:
+    for rule, match, read in matches:
+        program.read = set(read)
         if (rule.name, match.key) in banned or not touched.isdisjoint(match.nodes):
             continue
         if not touched.isdisjoint(_bound_nodes(match)):
@@ -111,10 +112,19 @@ def _round(program: Program, rules: Sequence[Rule], banned: Collection[Key], log
             continue
         touched.update(n for n in match.nodes if n not in match.escapes)
         _erase_dead(match, order)
+        program.relied |= program.read
         applied += 1
     if applied:
         _sort(program.graph)
     return applied
+
+
+def _find(rule: Rule, program: Program) -> Iterator[tuple[Rule, Candidate, frozenset[str]]]:
+    """Candidates, each with the names of state that were looked at to find it."""
+    program.read.clear()
+    for candidate in rule.find(program):
+        yield rule, candidate, frozenset(program.read)
+        program.read.clear()
 
 
 def legality(match: Match, order: Mapping[fx.Node, int]) -> Refusal | None:

@@ -127,6 +127,7 @@ class Rule:
         for node in program.graph.nodes:
             if node.op != "call_function" or node.target not in roots:
                 continue
+            program.read.clear()
             matches = list(matcher.at(self.patterns, node))
             yield from (Candidate(match=m) for m in matches)
             if not matches and matcher.trace.matched >= max(2, self.near * wanted):

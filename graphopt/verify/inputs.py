@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -63,6 +63,11 @@ def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.G
         return example.new_zeros(shape)
     index = torch.randint(example.numel(), shape, generator=generator)
     return _laid_out(example.detach().flatten()[index.to(example.device)], example)
+
+
+def is_empty(values: Sequence[Any]) -> bool:
+    """Whether there are tensors among the values, and one has no elements."""
+    return any(isinstance(v, Tensor) and not v.numel() for v in values)
 
 
 def _is_mask(example: Tensor) -> bool:

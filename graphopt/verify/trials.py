@@ -12,7 +12,13 @@ from torch import Tensor, fx
 
 from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
-from graphopt.verify.inputs import fresh_inputs, sizes_of_one, symbols_of, unseen_sizes
+from graphopt.verify.inputs import (
+    fresh_inputs,
+    is_empty,
+    sizes_of_one,
+    symbols_of,
+    unseen_sizes,
+)
 from graphopt.verify.measure import Measure
 from graphopt.verify.whole import Outcome, compare_outcomes, run_program
 
@@ -31,6 +37,8 @@ def trial_inputs(program: Program, *, ones: bool = True) -> tuple[list[list[Any]
     known = symbols_of(program)
     small = [sizes for sizes in sizes_of_one(program) if sizes != known] if ones else []
     inputs, refused = [list(program.example_inputs)], dict[str, None]()
+    if is_empty(program.example_inputs):
+        refused["the example inputs are empty: nothing could be compared on them"] = None
     for sizes in (unseen_sizes(program), *small):
         fresh, why = fresh_or_refused(program, sizes)
         if why is None:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from graphopt.program import OutputKind, Program
 from graphopt.rewrite.rule import Numeric
 from graphopt.rewrite.subgraph import float64_by_default, widen
+from graphopt.verify.inputs import is_empty
 from graphopt.verify.measure import Measure, compare, rms, worst
 from graphopt.verify.replay import SEED, without_dropout
 
@@ -47,7 +48,7 @@ def run_program(
     graph = widen(graph) if wide else graph
     module = fx.GraphModule(program.graph_module, graph)
     call = lower(module) if lower else fx.Interpreter(module).run
-    asked = program.differentiable() if grad else frozenset()
+    asked = program.differentiable() if grad and not is_empty(inputs) else frozenset()
     dtypes = float64_by_default() if wide else nullcontext()
     with dtypes, torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
         try:
