@@ -7,6 +7,7 @@ at once, in float64, and rounded a single time.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 import re
@@ -149,6 +150,7 @@ def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     """
     shape_env = mode.shape_env
     guards = len(shape_env.guards) if shape_env is not None else 0
+    known = _known_of_sizes(shape_env)
     try:
         with mode, torch.no_grad():
             meta = target(*args, **kwargs)
@@ -158,9 +160,28 @@ def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     if shape_env is not None and len(shape_env.guards) > guards:
         added = shape_env.guards[guards].expr
         del shape_env.guards[guards:]
+        _forget_what_followed(shape_env, known)
         if "conv" not in operator_name(target):  # convolutions only ask which layout is faster
             raise IllegalRewriteError(f"{operator_name(target)} would demand {added} of the inputs")
     return meta
+
+
+_KNOWN = ("replacements", "replacements_slocs", "var_to_range", "divisible", "axioms")
+"""What a guard teaches a shape environment, besides the guard itself."""
+
+
+def _known_of_sizes(shape_env: Any) -> dict[str, Any]:
+    kept = ((name, getattr(shape_env, name, None)) for name in _KNOWN)
+    return {name: copy.copy(value) for name, value in kept if value is not None}
+
+
+def _forget_what_followed(shape_env: Any, known: dict[str, Any]) -> None:
+    """Take back what an operator that was refused taught: an axis it fixed is dynamic again."""
+    for name, value in known.items():
+        setattr(shape_env, name, value)
+    for counter in ("_version_counter", "_replacements_version_counter"):
+        if hasattr(shape_env, counter):  # values cached for a version are stale
+            setattr(shape_env, counter, getattr(shape_env, counter) + 1)
 
 
 _FOLDED = re.compile(r"_folded(_\d+)?$")

@@ -10,8 +10,9 @@ import torch
 from generated.harness import run_example
 from models.huggingface import ENTRIES
 from models.plain import ENTRIES as PLAIN
-from torch import nn
+from torch import Tensor, nn
 
+import graphopt
 from graphopt.capture import capture
 from graphopt.errors import VerificationError
 from graphopt.passes.canonicalize import Canonicalize
@@ -173,3 +174,19 @@ def test_a_broken_rule_is_caught(monkeypatch, wrong):
     plain = case("divided", lambda q, k, v: scores(q, k).softmax(-1) @ v)
     with pytest.raises(VerificationError, match="RecognizeAttention"):
         run_example(plain, RecognizeComposites(), (Canonicalize(),))
+
+
+class Attend(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1) @ v
+
+
+def test_a_refused_rewrite_fixes_no_axis() -> None:
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    axes = ({0: "batch"}, {0: "batch"}, {0: "batch", 3: "width"})
+    fast = graphopt.compile(
+        Attend().eval(), example_inputs=(q, k, v), dynamic_shapes=axes, measure=False
+    )
+    assert any("would demand" in missed.reason for missed in fast.report.missed)
+    q, k, v = torch.randn(4, 3, 5, 8), torch.randn(4, 3, 5, 8), torch.randn(4, 3, 5, 16)
+    torch.testing.assert_close(fast(q, k, v), Attend()(q, k, v))
