@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import copy
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ from graphopt.emit.memory import Write, overlap, store
 from graphopt.errors import GraphoptError
 from graphopt.program import InputKind, OutputKind, Program
 from graphopt.report.model import Report
+from graphopt.rewrite.builder import is_folded
 
 _USER = OutputKind.USER
-_FOLDED = re.compile(r"_folded(_\d+)?$")
 
 
 class OptimizedModule(nn.Module):
@@ -65,7 +67,7 @@ class OptimizedModule(nn.Module):
                 holder.register_parameter(leaf, tensor)
             else:
                 kept = entry is None or (entry.kind is not InputKind.CONSTANT and entry.persistent)
-                made = _FOLDED.search(name) is not None
+                made = is_folded(name)
                 holder.register_buffer(leaf, tensor, persistent=kept or made)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,9 +153,35 @@ class OptimizedModule(nn.Module):
                 )
         return super()._apply(fn, recurse)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the bytes of its ``.pt2``: graphs lose their shapes in a pickle."""
+        from graphopt.artifact import save
+
+        with tempfile.TemporaryDirectory() as folder:
+            return _unpickled, (save(self, Path(folder) / "module.pt2").read_bytes(),)
+
+    def __copy__(self) -> OptimizedModule:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def extra_repr(self) -> str:
         kept = len(self.report.applied)
         return f"{self.program.name}: {kept} rewrites, verified={self.report.verified}"
+
+
+def _unpickled(data: bytes) -> OptimizedModule:
+    from graphopt.artifact import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "module.pt2"
+        path.write_bytes(data)
+        return load(path)
 
 
 class _Graph(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -236,3 +237,22 @@ def test_recognised_attention_can_be_the_output_of_an_onnx_file(tmp_path: Any) -
     fast = optimized(Attending().eval(), torch.randn(4, 6, 16))
     assert "RecognizeAttention" in {a.rule for a in fast.report.applied}
     assert graphopt.export_onnx(fast, tmp_path / "attention.onnx", measure=False).error < 1e-5
+
+
+def test_a_module_can_be_pickled_and_copied(tmp_path: Any) -> None:
+    model, x = normed(), torch.randn(2, 1, 2, 2)
+    fast = optimized(model, x)
+    torch.save(fast, tmp_path / "module.pt")
+    twins = [
+        torch.load(tmp_path / "module.pt", weights_only=False),
+        pickle.loads(pickle.dumps(fast)),
+        copy.deepcopy(fast),
+        copy.copy(fast),
+    ]
+    for twin in twins:
+        torch.testing.assert_close(twin(x), fast(x))
+        assert twin.report.verified and twin.state_dict().keys() == fast.state_dict().keys()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    for twin in twins[:3]:
+        twin(x)  # no longer tied to the original
