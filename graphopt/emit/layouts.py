@@ -7,7 +7,7 @@ graphs without such operators are not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -44,7 +44,7 @@ class LayoutGuard:
 
     def __init__(self, program: Program, labels: Sequence[str]) -> None:
         self.program = program
-        self.bound = [n for n in program.graph.nodes if n.target in BOUND]
+        self.bound = [n for n in program.graph.nodes if _is_bound(n)]
         reached = _ancestors(self.bound)
         self.captured = [
             (i, label, _format(val(node)), _strides(val(node)))
@@ -79,8 +79,8 @@ class LayoutGuard:
                 usual[i] = _laid_out(given[i], layout, strides)
             if None in [usual[i] for i, *_ in self.captured]:
                 return self.bound[0]
-            runs = [_operands(self.program, inputs, mode) for inputs in (given, usual)]
-        met, wanted = runs
+            wanted = _operands(self.program, usual, mode, {})
+            met = _operands(self.program, given, mode, wanted)
         return next((n for n in self.bound if n not in met or met[n] != wanted.get(n)), None)
 
     def _refuse(self, entry: tuple[Any, ...], flat: Sequence[Any], node: fx.Node) -> None:
@@ -150,25 +150,38 @@ def _laid_out(
     return None if strides is None else value.new_empty_strided(value.shape, strides)
 
 
-def _operands(program: Program, inputs: Sequence[Any], mode: Any) -> dict[fx.Node, Strides]:
+def _operands(
+    program: Program, inputs: Sequence[Any], mode: Any, wanted: Mapping[fx.Node, Strides]
+) -> dict[fx.Node, Strides]:
+    """Strides of the operands of every operator of `BOUND`, up to the first that is not wanted."""
     given = iter(inputs)
     targets = [program.inputs[n.name].target for n in program.placeholders()]
     values = [next(given) if t is None else mode.from_tensor(program.state[t]) for t in targets]
-    run = _Run(program.graph_module, program.graph)
-    with suppress(RuntimeError):  # an operator refuses the layout: what comes after is not found
+    run = _Run(program.graph_module, program.graph, wanted)
+    with suppress(RuntimeError):  # what comes after is not found
         run.run(*values)
     return run.found
 
 
 class _Run(fx.Interpreter):
-    """Remembers the strides of the operands of every operator of `BOUND`."""
-
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+    def __init__(
+        self, module: fx.GraphModule, graph: fx.Graph, wanted: Mapping[fx.Node, Strides]
+    ) -> None:
         super().__init__(module, graph=graph)
+        self.wanted = wanted
         self.found: dict[fx.Node, Strides] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target in BOUND:
+        if _is_bound(n):
             operands = [self.env[a] for a in n.all_input_nodes]
             self.found[n] = tuple(tuple(t.stride()) for t in operands if isinstance(t, Tensor))
+            if self.wanted.get(n, self.found[n]) != self.found[n]:
+                raise RuntimeError("another layout")
         return super().run_node(n)
+
+
+def _is_bound(node: fx.Node) -> bool:
+    """Whether the operator reads memory as it lies; a dtype of equal width leaves it alone."""
+    if node.target is not aten.view.dtype:
+        return node.target in BOUND
+    return bool(val(node).element_size() != val(node.args[0]).element_size())
