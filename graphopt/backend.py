@@ -7,6 +7,7 @@ gave it, and the report says so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -134,13 +135,27 @@ def graphopt_backend(
 
 
 def compile_dynamic(model: nn.Module, options: Options, dynamic_shapes: Any = None) -> Any:
-    """``torch.compile`` with a backend of its own; ``.reports`` lists one report per graph.
+    """A twin of the model that is compiled as it is called; ``.reports`` has a report per graph.
+
+    The twin is of the model's own class and shares its parameters, buffers and submodules, so that
+    methods which call the model, ``generate()`` above all, run what was compiled. The model itself
+    stays as it is.
 
     Raises:
         RecipeError: an option that needs example inputs was given.
     """
     check_options(options, dynamic_shapes)
     backend = Backend(options)
-    compiled = torch.compile(model, backend=backend)
-    object.__setattr__(compiled, "reports", backend.reports)
-    return compiled
+    twin = copy.copy(model)
+    twin._compiled_call_impl = torch.compile(_call_of(twin), backend=backend)
+    object.__setattr__(twin, "reports", backend.reports)
+    return twin
+
+
+def _call_of(model: nn.Module) -> Callable[..., Any]:
+    """The call of a module as a function that Dynamo does not skip, as it does those of torch."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    return call

@@ -42,8 +42,8 @@ def compile(
     With ``example_inputs`` or ``example_kwargs`` the whole graph is captured ahead of time. In eval
     mode weights may be folded into others; a later write in place to one of those is an error at
     the next call. All other tensors are shared with the original.
-    Without, the model is compiled through Dynamo as it is called, so graph breaks, training loops
-    and ``generate()`` keep working.
+    Without, a twin of the model's own class, which shares all it holds, is compiled through Dynamo
+    as it is called, so graph breaks, training loops and ``generate()`` keep working.
 
     Args:
         dynamic_shapes: axes that must stay dynamic, as `torch.export.export` takes them.

@@ -128,7 +128,21 @@ def test_hugging_face_training_and_generation():
     for (name, a), (_, b) in zip(eager.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert all(r.verified for r in fast.reports)
-    eager.eval(), model.eval()
+    trained = len(fast.reports)
+    eager.eval(), fast.eval()
     wanted = eager.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     found = fast.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(wanted, found)
+    assert len(fast.reports) > trained and all(r.verified for r in fast.reports)
+
+
+def test_the_twin_shares_what_the_model_holds_and_leaves_its_calls_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    fast = graphopt.compile(model, measure=False)
+    assert type(fast) is nn.Sequential and fast.state_dict().keys() == model.state_dict().keys()
+    assert fast[0].weight is model[0].weight
+    model(torch.randn(2, 4))
+    assert not fast.reports
+    x = torch.randn(64, 4)
+    assert bool((fast(x) == 0).any()) and not bool((fast.eval()(x) == 0).any())
+    assert len(fast.reports) == 2
