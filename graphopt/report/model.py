@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from graphopt.errors import LoadError
 from graphopt.report.serial import build, finite, plain
@@ -151,24 +151,32 @@ class Report:
         """
         return finite(plain(self))
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as strict JSON text; also written to ``path`` where one is given.
+    @overload
+    def to_json(self, path: None = None) -> str: ...
+
+    @overload
+    def to_json(self, path: str | Path) -> Path: ...
+
+    def to_json(self, path: str | Path | None = None) -> str | Path:
+        """The report as strict JSON text, or the file at ``path`` that it was written to.
 
         It holds what `to_dict` gives.
         """
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-        if path is not None:
-            _write(path, text)
-        return text
+        return text if path is None else _written(path, text)
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """The report as one self-contained HTML page; also written to ``path`` if given."""
+    @overload
+    def to_html(self, path: None = None) -> str: ...
+
+    @overload
+    def to_html(self, path: str | Path) -> Path: ...
+
+    def to_html(self, path: str | Path | None = None) -> str | Path:
+        """The report as one self-contained HTML page, or the file at ``path`` it was written to."""
         from graphopt.report.html import render_html
 
         text = render_html(self)
-        if path is not None:
-            _write(path, text)
-        return text
+        return text if path is None else _written(path, text)
 
     def print(self, verbose: bool = False) -> None:
         """Show the report in the terminal."""
@@ -214,8 +222,9 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def _write(path: str | Path, text: str) -> None:
+def _written(path: str | Path, text: str) -> Path:
     from graphopt.files import atomic_path
 
     with atomic_path(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
+    return Path(path)

@@ -241,8 +241,9 @@ def test_two_thousand_nodes_are_small_and_quick() -> None:
 
 
 def test_to_html_writes_the_file(tmp_path: Path) -> None:
-    text = small_report().to_html(tmp_path / "report.html")
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == text
+    file = tmp_path / "report.html"
+    assert small_report().to_html(file) == file
+    assert file.read_text(encoding="utf-8") == small_report().to_html()
 
 
 def test_markup_escapes_text_and_attributes() -> None:

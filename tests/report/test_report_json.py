@@ -84,8 +84,10 @@ def test_round_trip(report: Report) -> None:
 
 
 def test_to_json_writes_the_file(tmp_path: Path) -> None:
-    text = small_report().to_json(tmp_path / "report.json")
-    assert (tmp_path / "report.json").read_text(encoding="utf-8") == text
+    file = tmp_path / "report.json"
+    assert small_report().to_json(file) == file
+    assert small_report().to_json(str(file)) == file
+    assert file.read_text(encoding="utf-8") == small_report().to_json()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
