@@ -107,9 +107,19 @@ def call_spec(example: Example, program: Program) -> CallSpec:
     """The program's call, with what ``forward`` says about arguments that a later call may pass."""
     assert program.call is not None
     parameters = inspect.signature(example.model.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    config = getattr(example.model, "config", None)
+    meant = {name: _meant(config, name, defaults.get(name)) for name in example.flags}
     return replace(
         program.call,
         positional=tuple(p.name for p in parameters if p.kind in _BY_POSITION),
-        defaults={p.name: p.default for p in parameters if p.default is not p.empty},
+        defaults=defaults | meant,
         fixed=dict(example.flags),
     )
+
+
+def _meant(config: Any, name: str, default: Any) -> Any:
+    """What a Hugging Face model takes for a flag left out: for ``None``, what its config says."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    said = (getattr(source, name, None) for source in (config, text))
+    return next((value for value in (default, *said) if value is not None), False)

@@ -72,13 +72,26 @@ def test_flags_become_part_of_the_program() -> None:
     model, example = llama(), inputs()
     program = capture(model, (), {**example, "use_cache": False, "return_dict": False})
     assert [n.name for n in program.user_inputs()] == list(example)
-    assert isinstance(call(program, **example), tuple)
-    call(program, **example, use_cache=False)
+    flags = {"use_cache": False, "return_dict": False}
+    assert isinstance(call(program, **example, **flags), tuple)
     with pytest.raises(GraphoptError, match="captured with use_cache=False, not True"):
         call(program, **example, use_cache=True)
     with pytest.raises(GraphoptError, match="captured with position_ids=None, not a tensor"):
-        call(program, **example, position_ids=torch.arange(5)[None])
+        call(program, **example, **flags, position_ids=torch.arange(5)[None])
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_a_flag_may_be_left_out_where_the_config_says_the_same(usual: bool) -> None:
+    model, example = llama(), inputs()
+    model.config.use_cache = usual
+    program = capture(model, (), {**example, "use_cache": False, "output_attentions": False})
+    assert call(program, **example, use_cache=False).past_key_values is None
+    if usual:
+        with pytest.raises(GraphoptError, match="needs use_cache=False: it was captured so"):
+            call(program, **example)
+    else:
+        assert call(program, **example).past_key_values is None
 
 
 def test_a_cache_is_returned_as_the_model_returns_it() -> None:
@@ -97,7 +110,7 @@ def test_a_model_trains_on_its_labels() -> None:
     program = capture(model, (), example, dynamic_shapes=dict.fromkeys(names, TOKENS))
     fresh = inputs(3, 7)
     fresh["labels"] = fresh["input_ids"]
-    call(program, **fresh).loss.backward()
+    call(program, **fresh, use_cache=False).loss.backward()
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     model(**fresh).loss.backward()
@@ -111,7 +124,7 @@ def test_a_backward_that_equals_the_derivative_is_traced() -> None:
     program = capture(model, (), {**example, "use_cache": False})
     name = "h.0.mlp.dense_h_to_4h.weight"
     weight = program.state[name]
-    (found,) = torch.autograd.grad(call(program, **example)[0].square().sum(), weight)
+    (found,) = torch.autograd.grad(call(program, **example, use_cache=False)[0].square().sum(), weight)
     (wanted,) = torch.autograd.grad(model(**example)[0].square().sum(), weight)
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 

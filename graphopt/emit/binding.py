@@ -18,8 +18,8 @@ class CallBinder:
     """Binds a call to the captured arguments and flattens it.
 
     An argument may be passed by position or by keyword, whichever the capture used. What the
-    capture saw as a constant may be left out where ``forward`` has that constant as its default,
-    and what the capture left out may be passed where it is that default.
+    capture saw as a constant, flags among them, may be left out where ``forward`` has that constant
+    as its default, and what the capture left out may be passed where it is that default.
 
     Raises (when called):
         GraphoptError: an unknown, missing or repeated argument, or one whose structure differs.
@@ -39,6 +39,7 @@ class CallBinder:
         self.by_position = call.positional or self.parameters[: self.positional]
         self.fixed = {**call.defaults, **call.fixed}
         self.defaults = dict(call.defaults)
+        self.chosen = {k: v for k, v in call.fixed.items() if not _same(call.defaults.get(k), v)}
         self.constants = dict(self._captured_constants(program))
         self.flat = all(spec.is_leaf() for spec in specs)
 
@@ -50,7 +51,9 @@ class CallBinder:
                 yield name, leaves[0]
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        as_captured = len(args) == self.positional and tuple(kwargs) == self.keywords
+        as_captured = (
+            not self.chosen and len(args) == self.positional and tuple(kwargs) == self.keywords
+        )
         values = [*args, *kwargs.values()] if as_captured else self._bound(args, kwargs)
         if self.flat:
             return values
@@ -72,6 +75,11 @@ class CallBinder:
         for name, value in given.items():
             if name not in self.specs:
                 self._check_extra(name, value)
+        for name, value in self.chosen.items():
+            if name not in given:
+                needed = f"{name}={_shown(value)}"
+                what = f"needs {needed}: it was captured so, and the model's own default differs"
+                raise self._error(what, f"pass {needed}, or capture without it")
         return [self._take(name, given.get(name, _MISSING)) for name in self.parameters]
 
     def _take(self, name: str, value: Any) -> Any:
