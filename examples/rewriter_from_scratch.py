@@ -27,8 +27,7 @@ class Model(nn.Module):
 
 
 def capture(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    exported = torch.export.export(model, inputs, strict=False).run_decompositions({})
-    return exported.module()
+    return torch.export.export(model, inputs, strict=False).module()
 
 
 # 2. Match. A pattern is a small tree; matching walks it and the graph together.
