@@ -9,8 +9,10 @@ A specification names each input with dtype and shape; a name in the shape is a 
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,11 +123,33 @@ def _extent(text: str, sizes: dict[str, int], item: str) -> tuple[int, str | Non
 
 def from_spec(text: str, model: nn.Module | None = None) -> Inputs:
     """Random inputs that fit a specification; integers stay below the model's vocabulary."""
-    specs = parse_spec(text)
+    return draw_inputs(parse_spec(text), _vocabulary(model))
+
+
+def draw_inputs(specs: Sequence[TensorSpec], vocabulary: int = 2) -> Inputs:
+    """Random tensors as described; integers stay below ``vocabulary``, the same on every call.
+
+    Raises:
+        GraphoptError: they would take more memory than this machine has.
+    """
+    _check_memory(specs)
     generator = torch.Generator().manual_seed(SEED)
-    vocabulary = _vocabulary(model)
     kwargs = {s.name: _draw(s, generator, vocabulary) for s in specs}
     return Inputs(kwargs, {s.name: s.axes for s in specs if s.axes})
+
+
+def _check_memory(specs: Sequence[TensorSpec]) -> None:
+    """Refuse what cannot be allocated; numbers are drawn with 4 or 8 bytes each."""
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for spec in specs:
+        needed = math.prod(spec.shape) * max(4, spec.dtype.itemsize)
+        if needed > held:
+            raise GraphoptError(
+                f"the input {spec.name!r} of shape {list(spec.shape)} takes "
+                f"{needed / 2**30:.3g} GiB, and this machine has {held / 2**30:.3g} GiB of memory",
+                where="--inputs",
+                fix="give smaller dimensions",
+            )
 
 
 def _vocabulary(model: nn.Module | None) -> int:
@@ -152,6 +176,24 @@ def _draw(spec: TensorSpec, generator: torch.Generator, vocabulary: int) -> Tens
     return torch.randint(top, spec.shape, generator=generator).to(spec.dtype)
 
 
+def given_inputs(text: str, model: nn.Module | None = None) -> Inputs:
+    """Inputs from what a person gave: a file of tensors, or a specification.
+
+    Raises:
+        GraphoptError: the file is missing, or what it or the specification says cannot be read.
+    """
+    try:
+        if Path(text).is_file():
+            return from_file(text)
+    except OSError:  # a specification longer than a file's name may be
+        return from_spec(text, model)
+    if Path(text).suffix.lower() in _READERS and "[" not in text:
+        raise GraphoptError(
+            "there is no such file", where=f"--inputs {text}", fix="check the path of the inputs"
+        )
+    return from_spec(text, model)
+
+
 def from_file(path: str | Path) -> Inputs:
     """Named tensors from a ``.pt``, ``.safetensors`` or ``.npz`` file; every axis is static.
 
@@ -160,21 +202,20 @@ def from_file(path: str | Path) -> Inputs:
             tensors.
     """
     source = Path(path)
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".pt": _read_torch,
-        ".pth": _read_torch,
-        ".safetensors": _read_safetensors,
-        ".npz": _read_numpy,
-    }
-    if source.suffix not in readers:
+    reader = _READERS.get(source.suffix.lower())
+    if reader is None:
         raise GraphoptError(
             f"cannot read inputs from a {source.suffix or 'nameless'} file",
             where=str(source),
             fix="use .pt, .safetensors or .npz with one named tensor per input",
         )
-    found = readers[source.suffix](source)
+    found = reader(source)
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise GraphoptError("expected a dictionary of tensors, one per input", where=str(source))
+        raise GraphoptError(
+            "expected a dictionary of tensors, one per input",
+            where=str(source),
+            fix="write it with torch.save({'NAME': tensor}, PATH)",
+        )
     return Inputs(found)
 
 
@@ -203,3 +244,11 @@ def _read_numpy(path: Path) -> Any:
             raise ValueError("one array without a name")
         with found as data:
             return {name: torch.from_numpy(data[name]) for name in data.files}
+
+
+_READERS: Mapping[str, Callable[[Path], Any]] = {
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".safetensors": _read_safetensors,
+    ".npz": _read_numpy,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import GraphoptError
-from graphopt.inputs import Inputs, from_file, from_spec
+from graphopt.inputs import Inputs, given_inputs
 from graphopt.loading import Limits, LoadedModel, load_model
+from graphopt.loading.findings import printable
 from graphopt.loading.sniff import sniff
 
 STATE_DICTS = ("checkpoint", "legacy", "safetensors")
@@ -64,11 +66,16 @@ Runner = Callable[[Mapping[str, Any]], list[Any]]
 
 @dataclass(frozen=True)
 class Runnable:
-    """A loaded file with its example inputs (if it carries any) and a way to run it by name."""
+    """A loaded file with a way to run it by name.
+
+    ``inputs`` are the example inputs that it carries, if any; ``drawn`` gives random ones that fit
+    its signature, where it has one.
+    """
 
     name: str
     run: Runner
     inputs: Inputs | None
+    drawn: Callable[[], Inputs] | None = None
 
 
 def compare_files(
@@ -84,9 +91,16 @@ def compare_files(
     """Load both files safely and compare their outputs in order.
 
     Raises:
-        GraphoptError: neither file says what its inputs are and none were given, or the two return
-            different numbers of tensors.
+        GraphoptError: neither file says what its inputs are and none were given, a model cannot run
+            on them, the two return different numbers of tensors, or ``tolerance`` is no number
+            from 0 upward.
     """
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise GraphoptError(
+            f"the tolerance is a number from 0 upward, not {tolerance:g}",
+            where="--tolerance",
+            fix="give a small number, such as 2e-5",
+        )
     pair = []
     for path in (a, b):
         step(f"load {Path(path).name}")
@@ -95,7 +109,7 @@ def compare_files(
     results = []
     for item in pair:
         step(f"run {item.name}")
-        results.append([v for v in item.run(chosen.kwargs) if isinstance(v, Tensor)])
+        results.append([v for v in _run(item, chosen.kwargs) if isinstance(v, Tensor)])
     if len(results[0]) != len(results[1]):
         counts = [f"{r.name} returns {len(v)}" for r, v in zip(pair, results, strict=True)]
         raise GraphoptError(
@@ -108,13 +122,40 @@ def compare_files(
 
 def _inputs(given: str | None, pair: Sequence[Runnable]) -> Inputs:
     if given is not None:
-        return from_file(given) if Path(given).is_file() else from_spec(given)
-    found = next((r.inputs for r in pair if r.inputs is not None), None)
-    if found is None:
+        return given_inputs(given)
+    carried = next((r.inputs for r in pair if r.inputs is not None), None)
+    if carried is not None:
+        return carried
+    drawn = next((r.drawn for r in pair if r.drawn is not None), None)
+    if drawn is None:
         raise GraphoptError(
-            "neither model says what its inputs are", fix="--inputs 'NAME:DTYPE[DIM,...]'"
+            "neither file says what its inputs are",
+            where=" and ".join(r.name for r in pair),
+            fix="--inputs 'NAME:DTYPE[DIM,...]'",
         )
-    return found
+    return drawn()
+
+
+def _run(item: Runnable, values: Mapping[str, Any]) -> list[Any]:
+    """The outputs, or what the model says against the inputs as one line."""
+    try:
+        return item.run(values)
+    except GraphoptError:
+        raise
+    except Exception as error:  # the model's own code, or a runtime in C++: anything may come
+        reason = printable(" ".join(str(error).split()))[:300] or type(error).__name__
+        shown = "; ".join(f"{n}: {_shown(v)}" for n, v in values.items())
+        raise GraphoptError(
+            f"{item.name} cannot run on these inputs ({shown}): {reason}",
+            where=item.name,
+            fix="give inputs that the model takes: --inputs 'NAME:DTYPE[DIM,...]'",
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def _row(index: int, a: Tensor, b: Tensor, tolerance: float) -> OutputRow:
@@ -138,7 +179,10 @@ def open_runnable(path: str, *, arch: str | None, trust_pickle: bool) -> Runnabl
     weights = sniff(Path(path), Limits.from_env()) in STATE_DICTS
     loaded = load_model(path, arch=arch if weights else None, trust_pickle=trust_pickle)
     if loaded.kind == "onnx":
-        return Runnable(loaded.source.name, _onnx_runner(loaded.source), None)
+        from graphopt.onnx_side import onnx_runner
+
+        run_file, drawn = onnx_runner(loaded.source)
+        return Runnable(loaded.source.name, run_file, None, drawn)
     if loaded.exported is not None:
         return _pt2(loaded)
     module = loaded.module
@@ -175,22 +219,3 @@ def _pt2(loaded: LoadedModel) -> Runnable:
 
     tensors = dict(zip(names, program.example_inputs, strict=True))
     return Runnable(loaded.source.name, run, Inputs(tensors) if tensors else None)
-
-
-def _onnx_runner(path: Path) -> Runner:
-    from graphopt.emit.onnx_runtime import open_session
-
-    session = open_session(path)
-    wanted = [i.name for i in session.get_inputs()]
-
-    def run(values: Mapping[str, Any]) -> list[Any]:
-        missing = [n for n in wanted if n not in values]
-        if missing:
-            raise GraphoptError(
-                f"{path.name} needs the input {missing[0]!r}",
-                fix=f"name its inputs in --inputs: {', '.join(wanted)}",
-            )
-        feed = {n: values[n].numpy() for n in wanted}
-        return [torch.from_numpy(a) for a in session.run(None, feed)]
-
-    return run

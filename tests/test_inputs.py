@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphopt.errors import GraphoptError
-from graphopt.inputs import from_file, from_spec, parse_spec
+from graphopt.inputs import from_file, from_spec, given_inputs, parse_spec
 
 
 def test_names_are_dynamic_axes_and_share_a_size():
@@ -114,3 +114,23 @@ def test_damaged_npz_is_refused(damage, tmp_path):
 def test_missing_npz_is_refused(tmp_path):
     with pytest.raises(GraphoptError, match="no such file"):
         from_file(tmp_path / "x.npz")
+
+
+def test_inputs_larger_than_the_memory_are_refused_before_they_are_drawn():
+    with pytest.raises(GraphoptError, match="GiB of memory") as refusal:
+        from_spec("x:float32[99999999,99999,16]")
+    assert refusal.value.where == "--inputs" and refusal.value.fix
+
+
+def test_a_name_of_a_file_that_is_not_there_is_no_specification(tmp_path):
+    missing = str(tmp_path / "missing.pt")
+    with pytest.raises(GraphoptError, match="no such file") as refusal:
+        given_inputs(missing)
+    assert missing in refusal.value.where
+    torch.save({"x": torch.ones(2)}, missing)
+    assert given_inputs(missing).kwargs["x"].tolist() == [1, 1]
+
+
+def test_a_long_specification_is_read():
+    text = ";".join(f"input_{i}:float32[2,3]" for i in range(60))
+    assert len(given_inputs(text).kwargs) == 60

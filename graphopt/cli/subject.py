@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.jit import ScriptModule
 
 from graphopt.errors import GraphoptError, LoadError
-from graphopt.inputs import Inputs, from_file, from_spec
+from graphopt.inputs import Inputs, from_file, given_inputs
 from graphopt.loading import LoadedModel, load_model
 from graphopt.presets import Recipe
 from graphopt.program import Program, val
@@ -69,7 +68,7 @@ def load_subject(
             fix="give the PyTorch model it came from",
         )
     if loaded.exported is not None:
-        given = Inputs({}) if inputs is None else _given(inputs, None)
+        given = Inputs({}) if inputs is None else given_inputs(inputs)
         if inputs is not None and not given.kwargs:
             raise GraphoptError("no input is named", where="--inputs", fix="leave the option out")
         return Subject(loaded, None, given, loaded.notes, train)
@@ -83,7 +82,7 @@ def load_subject(
 
 def _inputs(loaded: LoadedModel, module: nn.Module, inputs: str | None) -> Inputs:
     if inputs is not None:
-        return _given(inputs, module)
+        return given_inputs(inputs, module)
     if loaded.kind == "huggingface":
         from graphopt.huggingface_inputs import huggingface_inputs, tokenizer_of
 
@@ -93,10 +92,6 @@ def _inputs(loaded: LoadedModel, module: nn.Module, inputs: str | None) -> Input
         where=str(loaded.source),
         fix="--inputs 'NAME:DTYPE[DIM,...]', such as --inputs 'x:float32[batch,3,224,224]'",
     )
-
-
-def _given(inputs: str, module: nn.Module | None) -> Inputs:
-    return from_file(inputs) if Path(inputs).is_file() else from_spec(inputs, module)
 
 
 def _with_inputs(program: Program, inputs: Inputs) -> Program:
