@@ -124,7 +124,9 @@ def test_a_backward_that_equals_the_derivative_is_traced() -> None:
     program = capture(model, (), {**example, "use_cache": False})
     name = "h.0.mlp.dense_h_to_4h.weight"
     weight = program.state[name]
-    (found,) = torch.autograd.grad(call(program, **example, use_cache=False)[0].square().sum(), weight)
+    (found,) = torch.autograd.grad(
+        call(program, **example, use_cache=False)[0].square().sum(), weight
+    )
     (wanted,) = torch.autograd.grad(model(**example)[0].square().sum(), weight)
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
