@@ -24,6 +24,7 @@ class Frame(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 _PACKAGE = Path(__file__).parent
 _CAPTURE = str(_PACKAGE / "capture.py")
@@ -89,7 +90,10 @@ def source_line(node: fx.Node) -> str | None:
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the ``nn.Module`` whose forward made the node, such as ``encoder.layer.0``."""
+    """Path of the ``nn.Module`` whose forward made the node, such as ``encoder.layer.0``.
+
+    Nodes that torch's own passes add may stand in no module; torch then fills in a placeholder.
+    """
     stack = node.meta.get("nn_module_stack") or {}
-    last = list(stack.values())[-1] if stack else ("", None)
-    return str(last[0])
+    known = [str(entry[0]) for entry in stack.values() if entry[0] != _NO_MODULE]
+    return known[-1] if known else ""

@@ -2,18 +2,18 @@
 
 /** Draws one graph into an SVG element, moves and zooms it; only what is in view is in the page. */
 class Canvas {
-  static SCALES = { least: 0.04, most: 2.5, readable: 0.32, largestFit: 1.1 };
+  static SCALES = { least: 0.04, most: 2.5, readable: 0.32, smallestFit: 0.42, largestFit: 1.1 };
   static MARGIN = 24;
 
   constructor(svg, graph, clicked) {
-    Object.assign(this, { svg, graph, x: 0, y: 0, scale: 1, drawn: null });
+    Object.assign(this, { svg, graph, x: 0, y: 0, scale: 1, drawn: null, fitted: false });
     this.layer = Canvas.make("g", {});
     svg.replaceChildren(this.layer);
     this.drawing = Layout.arrange(graph, new Set());
     this.places = new Map();
     this.marks = { selected: null, found: new Set(), kin: new Set(), wires: new Map() };
     this.listen(clicked);
-    new ResizeObserver(() => this.show()).observe(svg);
+    new ResizeObserver(() => (this.fitted ? this.fit() : this.show())).observe(svg);
   }
 
   static make(name, attributes, text) {
@@ -32,6 +32,7 @@ class Canvas {
     if (before && after) {
       this.x += (before.x + before.width / 2 - after.x - after.width / 2) * this.scale;
       this.y += (before.y - after.y) * this.scale;
+      this.fitted = false;
     }
     this.drawn = null;
     this.show();
@@ -56,16 +57,19 @@ class Canvas {
     return [width, height];
   }
 
-  /** The whole width in view where that stays readable, else the middle of the first row. */
+  /** The whole width in view where that stays readable, else as much as fits around the first item. */
   fit() {
     const [width] = this.size;
     if (!width || !this.drawing.width) return;
     const wanted = (width - 2 * Canvas.MARGIN) / this.drawing.width;
-    this.scale = Math.min(Math.max(wanted, 0.6), Canvas.SCALES.largestFit);
+    this.scale = Math.min(Math.max(wanted, Canvas.SCALES.smallestFit), Canvas.SCALES.largestFit);
+    const drawn = this.drawing.width * this.scale;
     const first = this.drawing.shapes.find((shape) => shape.item.parent);
-    const centre = wanted >= this.scale || !first ? this.drawing.width / 2 : first.x + first.width / 2;
-    this.x = width / 2 - centre * this.scale;
+    const room = width - 2 * Canvas.MARGIN - drawn;
+    const centred = first ? width / 2 - (first.x + first.width / 2) * this.scale : 0;
+    this.x = room >= -1 ? (width - drawn) / 2 : Math.min(Math.max(centred, room + Canvas.MARGIN), Canvas.MARGIN);
     this.y = Canvas.MARGIN;
+    this.fitted = true;
     this.show();
   }
 
@@ -76,12 +80,14 @@ class Canvas {
     this.x = cx - ((cx - this.x) * scale) / this.scale;
     this.y = cy - ((cy - this.y) * scale) / this.scale;
     this.scale = scale;
+    this.fitted = false;
     this.show();
   }
 
   pan(dx, dy) {
     this.x += dx;
     this.y += dy;
+    this.fitted = false;
     this.show();
   }
 
@@ -90,6 +96,7 @@ class Canvas {
     const shape = this.place(item);
     const [width, height] = this.size;
     if (!shape || !width) return;
+    this.fitted = false;
     if (this.scale < Canvas.SCALES.readable) this.scale = 0.8;
     const left = this.x + shape.x * this.scale;
     const top = this.y + shape.y * this.scale;

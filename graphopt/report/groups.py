@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from graphopt.report.model import Applied, Certificate, MissedRewrite, Report
+from graphopt.report.changes import STATE
+from graphopt.report.model import Applied, Certificate, MissedRewrite, NodeView, Report
 
 T = TypeVar("T")
 
@@ -139,6 +140,14 @@ def totals(report: Report) -> Totals:
         bytes=(first.bytes_before, last.bytes_after) if first and last else None,
         seconds=report.seconds.get("total", sum(report.seconds.values())),
     )
+
+
+def operators(graph: Iterable[NodeView]) -> int:
+    """How many nodes call an operator: all but inputs, parameters, other state and outputs.
+
+    `PassSummary` counts nodes in the same way.
+    """
+    return sum(view.op not in STATE | {"input", "placeholder", "output"} for view in graph)
 
 
 def _grouped(rows: Iterable[T], key: Callable[[T], object]) -> Sequence[list[T]]:

@@ -17,6 +17,7 @@ from graphopt.report.groups import (
     Totals,
     applied_rules,
     missed_reasons,
+    operators,
     totals,
 )
 from graphopt.report.markup import Markup, join, prose, script_data, tag
@@ -126,7 +127,7 @@ def _cards(found: Totals) -> Iterator[Markup]:
     yield _card("rolled back", str(found.rolled_back), "did not verify", "bad")
     yield _card("refused", str(found.missed), "each with its reason")
     if found.nodes:
-        yield _card("nodes", change(*map(str, found.nodes)), _percent(*found.nodes))
+        yield _card("nodes", change(*map(str, found.nodes)), f"{_percent(*found.nodes)}, {_NODES}")
     if found.bytes and any(found.bytes):
         size = change(*map(bytes_text, found.bytes))
         yield _card("parameters and buffers", size, _percent(*found.bytes))
@@ -195,6 +196,9 @@ def _certificates(report: Report) -> Markup:
     )
 
 
+_NODES = "calls of operators"
+"""What counts as a node wherever the page gives a number of them."""
+
 _GLOSSARY = (
     "Errors are against a float64 run, as RMS relative to the reference's RMS. Before: the error "
     "of what stood there. Runs: sets of inputs, those of the capture, fresh ones, and sizes not "
@@ -217,8 +221,9 @@ def _details(report: Report) -> Markup:
 
 
 def _graph_sizes(report: Report) -> str:
-    before, after = len(report.graph_before), len(report.graph_after)
-    return f"graphs of {counted(before, 'node')} before and {counted(after, 'node')} after"
+    before, after = map(operators, (report.graph_before, report.graph_after))
+    sizes = f"{counted(before, 'node')} before and {counted(after, 'node')} after"
+    return f"graphs of {sizes} ({_NODES})"
 
 
 def _pairs(values: Mapping[str, str]) -> Markup:
@@ -226,4 +231,4 @@ def _pairs(values: Mapping[str, str]) -> Markup:
 
 
 def _list(lines: Iterable[str]) -> Markup:
-    return tag("ul", *(tag("li", line) for line in lines))
+    return tag("ul", *(tag("li", prose(line)) for line in lines))

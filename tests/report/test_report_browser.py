@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report_samples import deep_report, small_report
+from report_samples import deep_report, node, small_report
 from test_report_html import page, renamed
 
 from graphopt.report import Report
@@ -97,3 +97,33 @@ def test_tables_are_filtered_by_the_address(tmp_path: Path) -> None:
     assert len(rows) == 5
     assert sum("hidden" not in row for row in rows) == 1
     assert "1 of 5 rows" in table
+
+
+def extent(dom: str, side: str) -> tuple[float, float]:
+    """Where on the screen the graph of one side starts and ends, in pixels from its pane's left."""
+    pane = dom.partition(f'data-pane="{side}"')[2].partition("</figure>")[0]
+    move = re.search(r"translate\(([-\d.]+) [-\d.]+\) scale\(([\d.]+)\)", pane)
+    assert move
+    shift, scale = map(float, move.groups())
+    places = re.findall(
+        r'translate\(([-\d.]+) [-\d.]+\)"><rect class="frame" width="([\d.]+)"', pane
+    )
+    spans = [(float(x), float(x) + float(width)) for x, width in places]
+    return shift + scale * min(a for a, _ in spans), shift + scale * max(b for _, b in spans)
+
+
+@pytest.mark.parametrize("inputs", [6, 12, 24])
+def test_no_side_is_cut_off_while_the_other_is_empty(inputs: int, tmp_path: Path) -> None:
+    names = [f"a_rather_long_name_{i}" for i in range(inputs)]
+    made = [node(f"sum_{i}", "aten.add", (names[i], names[-1])) for i in range(inputs - 1)]
+    late = node("late", "aten.neg", (names[-1],))
+    graph = [node(names[-1], "input", ()), late]
+    graph += [node(name, "input", ()) for name in names[:-1]]
+    graph += [*made, node("output", "output", ("late", *(m.name for m in made)))]
+    report = Report("wide", graph_before=graph, graph_after=graph)
+    dom = opened(report, "#graph", tmp_path)
+    pane = (1600 - 320) / 2
+    for side in ("before", "after"):
+        left, right = extent(dom, side)
+        assert left >= 0 or right >= pane - 40
+        assert right <= pane or left <= 40

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import deep_report, small_report
+import torch
+from report_samples import deep_report, small_report, summary
 
+from graphopt.capture import capture
 from graphopt.report import Report
 from graphopt.report.html import SCRIPTS, render_html
 from graphopt.report.markup import join, prose, script_data, tag
+from graphopt.report.views import node_views
 
 PAYLOAD = (
     "\"'></title></style></script><script>document.documentElement.dataset.pwned='1'</script>"
@@ -261,3 +264,18 @@ def test_script_data_is_the_same_data() -> None:
     data = {"a": ["</script>", "\u2028", "&", "é", None, 1.5]}
     block = script_data("x", data)
     assert json.loads(block.partition(">")[2].removesuffix("</script>")) == data
+
+
+def test_notes_show_names_as_code() -> None:
+    assert "<li>axis 1 (<code>seq</code>)</li>" in render_html(
+        Report("m", notes=["axis 1 (`seq`)"])
+    )
+
+
+def test_both_counts_of_nodes_are_of_operators() -> None:
+    views = node_views(capture(torch.nn.Linear(3, 3).eval(), (torch.ones(2, 3),)))
+    report = Report("m", graph_before=views, graph_after=views)
+    report.passes = [summary(nodes_before=1, nodes_after=1)]
+    text = render_html(report)
+    assert "graphs of 1 node before and 1 node after (calls of operators)" in text
+    assert "unchanged, calls of operators" in text

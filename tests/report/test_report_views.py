@@ -82,6 +82,7 @@ def test_dynamo_paths_read_like_exported_ones() -> None:
         ("L['self'].blocks.0", "blocks.0"),
         ("L['self']", ""),
         ("L['fn'].blocks[0].heads['key']", "blocks.0.heads.key"),
+        ("_empty_nn_module_stack_from_metadata_hook", ""),
     ):
         node.meta["nn_module_stack"] = {"1": (spelled, Model)}
         made = next(v for v in node_views(program) if v.name == "softmax")
