@@ -33,6 +33,16 @@ Step = Pass | str | Mapping[str, Any]
 Recipe = str | Path | Pass | Sequence[Step]
 
 
+def available_presets() -> list[str]:
+    """The presets whose passes are all installed."""
+    known = registered_passes()
+    return [
+        preset
+        for preset, steps in PRESETS.items()
+        if all(spelled.partition(":")[0] in known for spelled in steps)
+    ]
+
+
 def resolve(recipe: Recipe) -> list[Pass]:
     """Passes of a preset name, a YAML file, one pass, or a sequence of passes, strings or mappings.
 
@@ -53,8 +63,9 @@ def _preset_pass(spelled: str, preset: str) -> Pass:
     name = spelled.partition(":")[0]
     if name not in registered_passes():
         raise RecipeError(
-            f"preset {preset!r} needs the pass {name}, which is not part of this installation",
-            fix="use preset 'exact', or install the package that provides the pass",
+            f"preset {preset!r} is not available in this version: it needs the pass {name}",
+            where=f"recipe {preset!r}",
+            fix=f"use one of {', '.join(available_presets())}, or a YAML file",
         )
     return parse_pass(spelled)
 
@@ -66,7 +77,7 @@ def _from_file(recipe: str | Path) -> list[Pass]:
     if path.suffix not in (".yaml", ".yml") and not path.exists():
         raise RecipeError(
             f"unknown recipe {str(recipe)!r}",
-            fix=f"use one of {', '.join(PRESETS)}, or a YAML file",
+            fix=f"use one of {', '.join(available_presets())}, or a YAML file",
         )
     data = safe_yaml(path)
     if not isinstance(data, Mapping):
@@ -78,10 +89,11 @@ def _from_file(recipe: str | Path) -> list[Pass]:
 
 def _steps(items: Any, where: str) -> list[Pass]:
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        presets = ", ".join(available_presets())
         raise RecipeError(
             f"the passes are a list, but {items!r:.80} was given",
             where=where,
-            fix=f"write a list of passes, or one of {', '.join(PRESETS)} in place of a list",
+            fix=f"write a list of passes, or one of {presets} in place of a list",
         )
     return [_step(item, where) for item in items]
 

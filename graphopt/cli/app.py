@@ -56,12 +56,25 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        if "--json" in arguments:
+            _show_error(_as_ours(error), as_json=True)
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was written", err=True)
         sys.exit(130)
+
+
+def _as_ours(error: click.ClickException) -> GraphoptError:
+    """An error in the call itself, with the place and the advice that click prints around it."""
+    context = getattr(error, "ctx", None)
+    called = context.command_path if context else "graphopt"
+    return GraphoptError(error.format_message(), where=called, fix=f"see `{called} --help`")
 
 
 def _show_error(error: GraphoptError, *, as_json: bool) -> None:

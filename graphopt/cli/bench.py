@@ -24,7 +24,7 @@ def command(
     arch: str | None,
     trust_pickle: bool,
     train: bool,
-    recipe: str,
+    recipe: str | None,
     passes: tuple[str, ...],
     strict: bool,
     measure: bool,
@@ -39,6 +39,7 @@ def command(
     from graphopt.benchmark import bench
 
     with progress("bench", quiet=as_json) as step:
+        options = options_from(recipe, passes, strict, measure, calibration)
         subject = load_subject(model, inputs, arch, trust_pickle, train)
         if subject.module is None:
             raise GraphoptError(
@@ -49,7 +50,7 @@ def command(
         found = bench(
             subject.module,
             subject.inputs,
-            options_from(recipe, passes, strict, measure, calibration),
+            options,
             rounds=rounds,
             inductor=inductor,
             onnx=onnx,

@@ -21,7 +21,7 @@ def command(
     arch: str | None,
     trust_pickle: bool,
     train: bool,
-    recipe: str,
+    recipe: str | None,
     passes: tuple[str, ...],
     strict: bool,
     measure: bool,
@@ -37,10 +37,10 @@ def command(
     from graphopt.report.explain import explain_lines
 
     with progress("explain", quiet=as_json) as step:
+        options = options_from(recipe, passes, strict, measure, calibration)
         subject = load_subject(model, inputs, arch, trust_pickle, train)
         step("capture")
         program, eager = subject.capture()
-        options = options_from(recipe, passes, strict, measure, calibration)
         _, report = rewrite_program(program, replace(options, progress=step), eager)
     if as_json:
         print_json(report.to_dict())

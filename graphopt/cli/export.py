@@ -9,8 +9,8 @@ import click
 
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import json_option, model_options, recipe_options
+from graphopt.cli.outputs import check_outputs, stem_of
 from graphopt.cli.subject import load_subject, options_from
-from graphopt.errors import GraphoptError
 
 
 @click.command("export")
@@ -27,7 +27,7 @@ def command(
     arch: str | None,
     trust_pickle: bool,
     train: bool,
-    recipe: str,
+    recipe: str | None,
     passes: tuple[str, ...],
     strict: bool,
     measure: bool,
@@ -39,17 +39,17 @@ def command(
     verify: bool,
 ) -> None:
     """Write MODEL as ONNX, compared in ONNX Runtime before the file is put in place."""
-    from graphopt.emit.onnx import export_onnx
+    from graphopt.emit.onnx import check_target, export_onnx
     from graphopt.optimize import optimize_program
 
     with progress("export", quiet=as_json) as step:
+        path = Path(output or f"{stem_of(model)}.onnx")
+        check_target(path, training=train, verify=verify)
+        check_outputs([path], [model, inputs, recipe, calibration])
+        options = options_from(recipe, passes, strict, measure, calibration)
         subject = load_subject(model, inputs, arch, trust_pickle, train)
-        path = Path(output or f"{subject.name}.onnx")
-        if path.suffix != ".onnx":
-            raise GraphoptError("an ONNX file ends in .onnx", where=str(path))
         step("capture")
         program, eager = subject.capture()
-        options = options_from(recipe, passes, strict, measure, calibration)
         module = optimize_program(program, replace(options, progress=step), eager=eager)
         step("translate and compare in ONNX Runtime")
         result = export_onnx(module, path, opset=opset, fuse=fuse, verify=verify, measure=measure)

@@ -11,7 +11,8 @@ import click
 
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import json_option, model_options, recipe_options
-from graphopt.cli.subject import Subject, load_subject, options_from
+from graphopt.cli.outputs import check_outputs, stem_of
+from graphopt.cli.subject import load_subject, options_from
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError
 from graphopt.files import atomic_path
@@ -41,7 +42,7 @@ def command(
     arch: str | None,
     trust_pickle: bool,
     train: bool,
-    recipe: str,
+    recipe: str | None,
     passes: tuple[str, ...],
     strict: bool,
     measure: bool,
@@ -58,14 +59,15 @@ def command(
 
     with progress("optimize", quiet=as_json) as step:
         step("load")
-        subject = load_subject(model, inputs, arch, trust_pickle, train)
-        targets = _targets(outputs, subject)
+        targets = _targets(outputs, model, train)
+        check_outputs(targets, [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure, calibration)
+        subject = load_subject(model, inputs, arch, trust_pickle, train)
         options = replace(options, target=target, progress=step)
         step("capture")
         program, eager = subject.capture()
         module = optimize_program(program, options, eager=eager, original=subject.module)
-        module.report.notes += subject.notes
+        module.report.notes += [*subject.notes, *_before_inductor(targets, target)]
         _write_all(module, targets, measure, step)
     if as_json:
         facts = module.report.to_dict()
@@ -76,8 +78,8 @@ def command(
             click.echo(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def _targets(outputs: tuple[str, ...], subject: Subject) -> list[Path]:
-    paths = [Path(o) for o in outputs] or [Path(f"{subject.name}.optimized.pt2")]
+def _targets(outputs: tuple[str, ...], model: str, train: bool) -> list[Path]:
+    paths = [Path(o) for o in outputs] or [Path(f"{stem_of(model)}.optimized.pt2")]
     for path in paths:
         if path.suffix not in WRITABLE:
             raise GraphoptError(
@@ -86,8 +88,27 @@ def _targets(outputs: tuple[str, ...], subject: Subject) -> list[Path]:
                 fix=f"use one of {', '.join(WRITABLE)}",
             )
         if not path.parent.is_dir():
-            raise GraphoptError("the folder does not exist", where=str(path.parent))
+            raise GraphoptError(
+                "the folder does not exist",
+                where=str(path.parent),
+                fix=f"mkdir -p {path.parent}",
+            )
+        if path.suffix == ".onnx":
+            from graphopt.emit.onnx import check_target
+
+            check_target(path, training=train)
     return paths
+
+
+def _before_inductor(targets: list[Path], target: str) -> list[str]:
+    """Inductor's code belongs to this process; what a file holds instead."""
+    held = [p.name for p in targets if p.suffix in (".pt2", ".onnx")]
+    if target != "inductor" or not held:
+        return []
+    return [
+        f"{' and '.join(held)} {'hold' if len(held) > 1 else 'holds'} the rewritten graph as it is "
+        "before Inductor, whose code is in no file: call torch.compile on the loaded module"
+    ]
 
 
 def _write_all(
@@ -95,7 +116,7 @@ def _write_all(
 ) -> None:
     """Write every file, then put them all in place; where one fails, none is."""
     with ExitStack() as stack:
-        for path in sorted(set(targets), key=_is_report):  # reports tell about the rest
+        for path in sorted(targets, key=_is_report):  # reports tell about the rest
             step(f"write {path.name}")
             _write(module, stack.enter_context(atomic_path(path)), measure)
 

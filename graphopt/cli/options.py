@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
-from graphopt.presets import PRESETS
+from graphopt.presets import available_presets
+
+DEFAULT_RECIPE = "exact"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,10 +41,9 @@ def recipe_options(function: F) -> F:
         function,
         click.option(
             "--recipe",
-            default="exact",
-            show_default=True,
             metavar="NAME|FILE",
-            help=f"Preset ({', '.join(PRESETS)}) or YAML file.",
+            help=f"Preset ({', '.join(available_presets())}) or YAML file.  "
+            f"[default: {DEFAULT_RECIPE}]",
         ),
         click.option(
             "--pass",

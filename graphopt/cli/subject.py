@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 
-from graphopt.errors import GraphoptError, LoadError
+from graphopt.cli.options import DEFAULT_RECIPE
+from graphopt.errors import GraphoptError, LoadError, RecipeError
 from graphopt.inputs import Inputs, from_file, given_inputs
 from graphopt.loading import LoadedModel, load_model
-from graphopt.presets import Recipe
+from graphopt.presets import resolve
 from graphopt.program import Program, val
 from graphopt.recipe import Options
 
@@ -25,10 +26,6 @@ class Subject:
     inputs: Inputs
     notes: tuple[str, ...] = field(default=())
     train: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.loaded.source.stem or self.loaded.source.name
 
     def capture(self) -> tuple[Program, list[Any] | None]:
         """The program, and what the original gives on the example inputs."""
@@ -138,9 +135,23 @@ def _from_torchscript(loaded: LoadedModel, module: ScriptModule, inputs: Inputs)
 
 
 def options_from(
-    recipe: str, passes: tuple[str, ...], strict: bool, measure: bool, calibration: str | None
+    recipe: str | None,
+    passes: tuple[str, ...],
+    strict: bool,
+    measure: bool,
+    calibration: str | None,
 ) -> Options:
-    """Command-line options as `Options`."""
-    chosen: Recipe = list(passes) if passes else recipe
+    """Command-line options as `Options`.
+
+    Raises:
+        RecipeError: the recipe or a pass cannot be read, or both are given.
+    """
+    if passes and recipe is not None:
+        raise RecipeError(
+            f"--pass runs instead of a recipe, and --recipe {recipe} was given too",
+            where="--pass",
+            fix="leave one of them out; a YAML recipe can hold the passes of both",
+        )
+    chosen = resolve(list(passes) if passes else recipe or DEFAULT_RECIPE)
     batches = [from_file(calibration).kwargs] if calibration else None
     return Options(chosen, calibration=batches, strict=strict, measure=measure)

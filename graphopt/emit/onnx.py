@@ -29,6 +29,7 @@ EXTERNAL_ABOVE = 1_800_000_000
 class OnnxResult:
     """What was written: names as the model gave them, fusions by kind, the measured error.
 
+    ``error`` is the largest relative error in ONNX Runtime, ``None`` where it was not compared.
     ``notes`` tell which of several forms ONNX Runtime was seen to run fastest, for which inputs its
     results are not torch's, and which conditions on sizes the module checks but the file cannot.
     """
@@ -37,7 +38,7 @@ class OnnxResult:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     fusions: dict[str, int]
-    error: float
+    error: float | None
     bytes: int
     notes: tuple[str, ...] = ()
 
@@ -47,11 +48,12 @@ class OnnxResult:
     def lines(self) -> list[str]:
         """What was written, in plain text."""
         fused = ", ".join(f"{n} {name}" for name, n in sorted(self.fusions.items()))
+        error = "not compared" if self.error is None else f"{self.error:.1e}"
         return [
             f"wrote {self.path} ({self.bytes / 1e6:.1f} MB)",
             f"inputs: {', '.join(self.inputs)}; outputs: {', '.join(self.outputs)}",
             f"fusions: {fused or 'none'}",
-            f"largest relative error in ONNX Runtime: {self.error:.1e}",
+            f"largest relative error in ONNX Runtime: {error}",
             *self.notes,
         ]
 
@@ -75,12 +77,13 @@ def export_onnx(
             place.
 
     Raises:
-        ExportError: the module trains, an operator has no translation (named, with its line), or
-            the exporter does not write that ``opset`` for this model.
+        ExportError: ``path`` does not end in ``.onnx``, the module trains, an operator has no
+            translation (named, with its line), or the exporter does not write that ``opset`` for
+            this model.
         VerificationError: ONNX Runtime's outputs are not those of the module.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
-    require("onnxscript", "onnx")
+    check_target(path, verify=verify)
     program = _exportable(module)
     _check_opset(opset)
     names = input_names(program), output_names(program)
@@ -93,12 +96,32 @@ def export_onnx(
     with atomic_path(target) as temporary:
         _save(draft.model, temporary, program)
         unchecked = (f"calls must keep to this, the file cannot: {_told(a)}" for a in conditions)
-        error, notes = float("nan"), (*draft.notes, *unchecked)
+        error, notes = None, (*draft.notes, *unchecked)
         if verify:
             found, seen = compare_with_runtime(program, temporary, *names)
             error, notes = found.rms, (*notes, *seen)
     size = target.stat().st_size
     return OnnxResult(target, *names, draft.fusions, error, size, notes)
+
+
+def check_target(path: str | Path, *, training: bool = False, verify: bool = True) -> None:
+    """Refuse at once what `export_onnx` would refuse after capture and optimization.
+
+    Raises:
+        ExportError: ``path`` does not end in ``.onnx``, or ``training`` is asked for.
+        MissingDependencyError: a package that export needs is not installed.
+    """
+    if Path(path).suffix != ".onnx":
+        raise ExportError(
+            "an ONNX file ends in .onnx", where=str(path), fix=f"write {Path(path).stem}.onnx"
+        )
+    if training:
+        raise ExportError(
+            "an ONNX file cannot hold a model in training mode",
+            where=str(path),
+            fix="leave --train out",
+        )
+    require("onnxscript", "onnx", *(["onnxruntime"] if verify else []))
 
 
 def _check_opset(opset: int | None, written: int | None = None) -> None:

@@ -92,6 +92,10 @@ def parse_pass(text: str) -> Pass:
         key, equals, value = item.partition("=")
         if not equals:
             raise RecipeError(f"expected key=value, found {item!r}", where=text)
+        if key.strip() in options:
+            raise RecipeError(
+                f"{key.strip()!r} is given twice", where=text, fix="give each option once"
+            )
         options[key.strip()] = _scalar(value, text)
     return make_pass(name.strip(), options, where=text)
 

@@ -1,0 +1,130 @@
+"""Calls that make no sense are refused before any work, and with ``--json`` as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.cli import main
+
+
+class Attention(nn.Module):
+    """LayerNorm and one head of attention, written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        h = self.norm(x)
+        return torch.softmax(self.q(h) @ self.k(h).transpose(-1, -2), -1) @ self.v(h)
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path, monkeypatch):
+    """``m.pt2``, its first axis dynamic, and a recipe, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    batch = torch.export.Dim("batch", min=2, max=100)
+    example = (torch.randn(4, 6, 16),)
+    shapes = {"x": {0: batch}}
+    program = torch.export.export(Attention().eval(), example, dynamic_shapes=shapes)
+    torch.export.save(program, "m.pt2")
+    (tmp_path / "r.yaml").write_text("passes: [Canonicalize]\n")
+
+
+def call(capsys, *arguments):
+    """Exit status, standard output and standard error of one call."""
+    status = 0
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as leave:
+        status = leave.code or 0
+    return status, *capsys.readouterr()
+
+
+REFUSED = [
+    (["optimize", "m.pt2", "-o", "m.pt2"], "overwrite a file that it is made from"),
+    (["optimize", "m.pt2", "--recipe", "r.yaml", "-o", "./r.yaml"], "overwrite"),
+    (["optimize", "m.pt2", "-o", "a.pt2", "-o", "./a.pt2"], "named twice"),
+    (["optimize", "m.pt2", "--pass", "Canonicalize", "--recipe", "exact"], "leave one of them"),
+    (["explain", "m.pt2", "--pass", "MergeProjections", "--recipe", "none"], "leave one of them"),
+    (["explain", "m.pt2", "--pass", "Canonicalize:a=1,a=2"], "'a' is given twice"),
+    (["explain", "m.pt2", "--recipe", "small"], "not available in this version"),
+    (["export", "m.pt2", "--train"], "leave --train out"),
+    (["optimize", "m.pt2", "--train", "-o", "a.onnx"], "leave --train out"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "hint"), REFUSED, ids=lambda v: str(v)[:50])
+def test_refused_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, arguments, hint):
+    def fail(*_arguments, **_options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("graphopt.cli.subject.load_model", fail)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    status, _, err = call(capsys, *arguments)
+    assert status == 1
+    assert hint in err and "  try: " in err and "  at: " in err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("arguments", [["export", "m.pt2"], ["optimize", "m.pt2", "-o", "a.onnx"]])
+def test_a_missing_exporter_is_told_first(capsys, monkeypatch, arguments):
+    monkeypatch.setattr("graphopt.emit.onnx_runtime.find_spec", lambda _name: None)
+    monkeypatch.setattr("graphopt.cli.subject.load_model", None)
+    status, _, err = call(capsys, *arguments)
+    assert status == 1 and "pip install 'graphopt[onnx]'" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["optimize", "missing.pt2"],
+        ["optimize", "m.pt2", "--target", "moon"],
+        ["optimize", "m.pt2", "--nothing"],
+        ["explode"],
+        ["verify", "m.pt2", "missing.pt2"],
+    ],
+)
+def test_errors_in_the_call_are_json_too(capsys, arguments):
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 2 and err == ""
+    error = json.loads(out)["error"]
+    assert error["what"] and error["where"].startswith("graphopt") and "--help" in error["fix"]
+
+
+def test_help_offers_only_presets_that_can_run(capsys):
+    status, out, _ = call(capsys, "optimize", "--help")
+    assert status == 0 and "Preset (none, exact)" in out
+
+
+def test_a_pt2_holds_the_graph_before_inductor(capsys, monkeypatch):
+    monkeypatch.setattr("graphopt.emit.inductor.to_inductor", lambda *_arguments: None)
+    arguments = ("--target", "inductor", "--no-measure", "--pass", "Canonicalize")
+    status, out, err = call(capsys, "optimize", "m.pt2", "-o", "z.pt2", *arguments)
+    assert status == 0, err
+    assert "z.pt2 holds the rewritten graph as it is before Inductor" in " ".join(out.split())
+
+
+def test_an_export_that_was_not_compared_says_so(capsys):
+    pytest.importorskip("onnxscript")
+    arguments = ("--no-verify", "--no-measure", "--pass", "Canonicalize", "-o", "m.onnx")
+    status, out, err = call(capsys, "export", "m.pt2", *arguments)
+    assert status == 0, err
+    assert "largest relative error in ONNX Runtime: not compared" in out
+    status, out, _ = call(capsys, "export", "m.pt2", *arguments, "--json")
+    assert status == 0 and json.loads(out)["error"] is None and "NaN" not in out
+
+
+def test_the_api_refuses_another_ending_too(tmp_path):
+    import graphopt
+
+    fast = graphopt.compile(Attention().eval(), example_inputs=(torch.randn(2, 6, 16),), passes=[])
+    with pytest.raises(graphopt.GraphoptError, match=r"ends in \.onnx"):
+        graphopt.export_onnx(fast, tmp_path / "net.foo")
+    assert not (tmp_path / "net.foo").exists()
