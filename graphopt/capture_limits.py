@@ -18,6 +18,8 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from graphopt.capture_axes import Axes, Axis, Path
+from graphopt.capture_tables import table_limits
+from graphopt.errors import CaptureError
 from graphopt.program import Assumption, Program, val
 from graphopt.source import is_user_file, traced_line
 
@@ -61,8 +63,21 @@ def settle(program: Program, axes: Axes, call: tuple[Any, Any]) -> None:
             if axis.name and axis.root is None:
                 names.setdefault(size, axis.name)
             ranges[size] = _narrowed(ranges.get(size), axis)
+    _narrow_to_tables(program, ranges, names)
     program.range_constraints, program.axis_names = ranges, names
     program.notes += dict.fromkeys(_sentences(program, sizes))
+
+
+def _narrow_to_tables(program: Program, ranges: dict[Any, Any], names: dict[Any, str]) -> None:
+    for symbol, most in table_limits(program).items():
+        allowed = ranges.get(symbol, ValueRanges(1, sympy.oo))
+        if most < allowed.lower:
+            raise CaptureError(
+                f"`{names.get(symbol, symbol)}` must be at least {allowed.lower}, but the model "
+                f"looks up positions in a table that ends at {most}",
+                fix="declare a smaller range for this axis in dynamic_shapes",
+            )
+        ranges[symbol] = ValueRanges(allowed.lower, min(allowed.upper, most))
 
 
 def allowing_one(traced: Any) -> Any:
