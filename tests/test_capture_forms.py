@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections import namedtuple
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import graphopt
 from graphopt.capture import capture
+from graphopt.errors import GraphoptError
 from graphopt.program import InputKind, OutputKind, Program
 
 Pair = namedtuple("Pair", ["first", "second"])
@@ -172,6 +175,17 @@ def test_tied_parameters_stay_one_tensor_under_all_their_names() -> None:
     assert names == program.state.keys()
     assert all(program.state[n] is model.embed.weight for n in names)
     assert len(program.state_nodes()) == 1
+
+
+def test_a_compiled_module_is_copied_without_warnings() -> None:
+    fast = graphopt.compile(nn.Linear(4, 4).eval(), example_inputs=(x(),), passes=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin = copy.deepcopy(fast)
+    example = x()
+    assert same(twin(example), fast(example))
+    with pytest.raises(GraphoptError, match="needs input"):
+        twin()
 
 
 def test_equal_tensors_that_are_not_tied_stay_apart() -> None:

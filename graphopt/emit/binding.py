@@ -43,6 +43,10 @@ class CallBinder:
         self.constants = dict(self._captured_constants(program))
         self.flat = all(spec.is_leaf() for spec in specs)
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> CallBinder:
+        """Itself: it never changes, and torch warns of copies of its tree leaves."""
+        return self
+
     def _captured_constants(self, program: Program) -> Iterator[tuple[str, Any]]:
         values = iter([val(node) for node in program.user_inputs()])
         for name, spec in self.specs.items():
