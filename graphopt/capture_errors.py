@@ -60,7 +60,8 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
         "return tensors, numbers, None, or lists, tuples, dicts and dataclasses of them",
     ),
     (
-        r"Expected all tensors to be on the same device|is on (meta|cpu|cuda.*), expected",
+        r"Expected all tensors to be on the same device|is on (meta|cpu|cuda.*), expected"
+        r"|found two different devices",
         "tensors on different devices meet",
         "put the model and all inputs on one device",
     ),

@@ -17,7 +17,7 @@ from graphopt.emit.module import OptimizedModule
 from graphopt.errors import CaptureError, GraphoptError, VerificationError
 from graphopt.pipeline import Context, certify, run_pass
 from graphopt.program import Assumption, Program
-from graphopt.rewrite import Numeric, Profit, Rule, op
+from graphopt.rewrite import Numeric, Profit, Refusal, Rule, op
 from graphopt.verify.inputs import accepts, sizes_of_one, symbols_of, unseen_sizes
 
 aten = torch.ops.aten
@@ -166,6 +166,10 @@ class SpreadRow(Rule):
     pattern = op(aten.sum.dim_IntList, "x", [0])
     numeric = Numeric.REASSOCIATED
     profit = Profit.ALWAYS
+
+    def check(self, match: Any) -> Refusal | None:
+        spread = match["x"].target is aten.slice.Tensor
+        return Refusal("the rows are spread already", match["x"]) if spread else None
 
     def rewrite(self, match: Any, build: Any) -> Any:
         rest = build(aten.slice.Tensor, match["x"], 0, 1)
