@@ -159,7 +159,7 @@ def test_batch_norm_in_training_mixes_the_batch() -> None:
 def test_dynamic_batch_and_length_stay_known() -> None:
     build, kwargs = MODELS["llama"]
     kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
-    shapes = {name: None for name in kwargs} | {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
+    shapes = dict.fromkeys(kwargs) | {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
     exported = torch.export.export(build().eval(), (), kwargs, dynamic_shapes=shapes, strict=False)
     program = exported.run_decompositions({})
     for dim in (0, 1):
