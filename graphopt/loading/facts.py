@@ -78,7 +78,7 @@ class FileFacts:
         """The facts as lines of text, long lists cut; control characters are spelled out."""
         text = [f"{self.path}: {self.kind}, {size_text(self.bytes)}"]
         text += [f"  {key}: {value}" for key, value in sorted(self.metadata.items())]
-        text += _section("refused because", [f"{f.what}  [{f.where}]" for f in self.findings])
+        text += _section("refused because", list(map(_finding, self.findings)))
         text += _section("inputs", [_value(v) for v in self.inputs])
         text += _section("outputs", [_value(v) for v in self.outputs])
         counts = sorted(self.operators.items(), key=lambda item: (-item[1], item[0]))
@@ -99,6 +99,10 @@ def _section(title: str, items: list[str], note: str = "") -> list[str]:
     head = f"  {title} ({len(items)}{', ' + note if note else ''}):"
     rest = [f"    ... and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
     return [head, *(f"    {item}" for item in items[:_SHOWN]), *rest]
+
+
+def _finding(found: Finding) -> str:
+    return f"{found.what}  [{found.where}]" + (f"; try: {found.fix}" if found.fix else "")
 
 
 def _value(value: ValueFacts) -> str:

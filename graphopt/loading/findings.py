@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from graphopt.errors import GraphoptError, LoadError
 
+DAMAGED_FIX = "get the file again, it may be cut short; or have it written again"
+
 MAX_RATIO = 100.0
 MAX_TOTAL_BYTES = 256 << 30
 MAX_TEXT_BYTES = 256 << 20
@@ -98,8 +100,8 @@ def reading(where: object, fix: str | None = None) -> Iterator[None]:
     except GraphoptError:
         raise
     except FileNotFoundError as error:
-        raise LoadError("there is no such file", where=str(where)) from error
+        raise LoadError("there is no such file", where=str(where), fix="check the path") from error
     except Exception as error:  # parsers of hostile bytes raise anything, C++ errors included
         reason = printable(" ".join(str(error).split()))[:300] or type(error).__name__
         what = f"the file is damaged or not what it seems: {reason}"
-        raise LoadError(what, where=str(where), fix=fix) from error
+        raise LoadError(what, where=str(where), fix=fix or DAMAGED_FIX) from error

@@ -7,7 +7,7 @@ is downloaded.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,11 @@ def load_folder(folder: Path, limits: Limits) -> tuple[Any, list[str]]:
         options["config"] = _full_config(kind_of_model, folder, options)
         stored = sum(file.stat().st_size for file in files)
         _check_size(kind_of_model, options["config"], stored, folder)
-        model, info = kind_of_model.from_pretrained(folder, output_loading_info=True, **options)
+        with _quiet():
+            model, info = kind_of_model.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    _refuse_mismatched(info.get("mismatched_keys") or (), folder)
     check_tensors(model, str(folder))
     return model.eval(), notes + _key_notes(info)
 
@@ -86,6 +90,21 @@ def _check_size(kind_of_model: Any, config: Any, stored: int, folder: Path) -> N
         )
 
 
+def _refuse_mismatched(found: Iterable[Any], folder: Path) -> None:
+    """Weights of another shape than the config says, which transformers has left out."""
+    rows = sorted(tuple(row) for row in found)
+    if not rows:
+        return
+    name, stored, wanted = rows[0]
+    more = f" (and {len(rows) - 1} more tensors do not fit)" if len(rows) > 1 else ""
+    raise LoadError(
+        f"the weights do not fit the config: {printable(str(name))!s:.200} has shape "
+        f"{list(stored)} in the file, and {list(wanted)} by config.json{more}",
+        where=str(folder),
+        fix="get the config.json that belongs to the weights",
+    )
+
+
 def _key_notes(info: dict[str, Any]) -> list[str]:
     """Weights that the files lack, which transformers draws at random, and those it left unused."""
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -96,6 +115,18 @@ def _key_notes(info: dict[str, Any]) -> list[str]:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return printable(", ".join(names[:6])) + more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing its own report on the weights; the notes tell it."""
+    log = importlib.import_module("transformers.utils.logging")
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
 
 
 @contextmanager

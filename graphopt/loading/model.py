@@ -88,7 +88,7 @@ def load_model(
         raise LoadError(
             f"--arch fits a state dict, but this is a whole model ({kind})",
             where=str(source),
-            fix="leave --arch out",
+            fix="leave --arch (in Python, arch=) out",
         )
     if kind == "torchscript":
         module = load_torchscript(source, trusted=trust_pickle, limits=limits)
@@ -129,7 +129,8 @@ def _needs_arch(source: Path, loaded: Any) -> LoadError:
     return LoadError(
         f"the file holds weights, not a model: {describe(loaded)}",
         where=str(source),
-        fix="add --arch package.module:factory, the function or class that builds the model",
+        fix="add --arch package.module:factory, the function or class that builds the model; in "
+        "Python build the model, call its load_state_dict, and give it to graphopt.compile",
     )
 
 

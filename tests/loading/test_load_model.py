@@ -211,6 +211,7 @@ def test_weights_without_arch(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"keys first\.weight, first\.bias") as refusal:
         load_model(path)
     assert "--arch package.module:factory" in (refusal.value.fix or "")
+    assert "in Python build the model" in (refusal.value.fix or "")
 
 
 def test_trusted_module_gives_its_weights_to_arch(arch_folder: Path) -> None:
@@ -464,6 +465,19 @@ def test_missing_weights_are_not_passed_over(bert: Path, tmp_path: Path) -> None
     notes = " ".join(load_model(folder).notes)
     assert f"drawn at random, for the files lack them: {name}" in notes
     assert "left unused: nobody.needs" in notes
+
+
+def test_config_of_another_size(
+    bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers prints a report with colours; here one error names the first tensor."""
+    folder = copied(bert, tmp_path / "misfit", intermediate_size=12)
+    with pytest.raises(LoadError) as refusal:
+        load_model(folder)
+    name = "bert.encoder.layer.0.intermediate.dense.bias"
+    assert f"{name} has shape [16] in the file, and [12] by config.json" in refusal.value.what
+    assert "2 more tensors" in refusal.value.what and refusal.value.fix
+    assert "".join(capfd.readouterr()) == ""
 
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "bad config", "short weights"])
