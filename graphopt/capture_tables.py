@@ -110,8 +110,8 @@ def _is_integer_cast(node: fx.Node) -> bool:
 def _is_whole_slice(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
-    given: tuple[Any, ...] = tuple(node.args[2:])
-    start, end, step = (*given, *(0, _EVERYTHING, 1)[len(given) :])
+    given: list[Any] = list(node.args[2:])
+    start, end, step = given + [0, _EVERYTHING, 1][len(given) :]
     return start in (0, None) and step == 1 and isinstance(end, int) and end >= _EVERYTHING
 
 
