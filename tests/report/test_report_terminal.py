@@ -47,6 +47,25 @@ def test_a_terminal_gets_colours_and_tables() -> None:
     assert BOX.search(text)
 
 
+NAMES = ("EliminateCommonSubexpressions", "MergeSiblingProjections", "RecognizeComposites")
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 100, 140])
+def test_a_narrow_terminal_breaks_no_name(width: int) -> None:
+    report = Report(
+        "m",
+        passes=[summary(name) for name in NAMES],
+        applied=[applied(name, ("a", "b"), ("c",)) for name in NAMES],
+        whole=[certificate("whole program")],
+    )
+    text = re.sub(r"\x1b\[[\d;]*m", "", shown(report, terminal=True, width=width))
+    assert all(text.count(name) == 3 for name in NAMES)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("300 -> 240") == 1 + len(NAMES)
+    assert text.count("2 -> 1") == len(NAMES)
+    assert ("matched 24, kept 20, 4 slower;" in text) == (width < 100)
+
+
 def test_what_a_pass_did_is_said_in_one_line() -> None:
     text = shown(small_report())
     assert "matched 24, kept 20, 4 slower" in text
