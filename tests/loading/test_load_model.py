@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -468,16 +469,17 @@ def test_missing_weights_are_not_passed_over(bert: Path, tmp_path: Path) -> None
 
 
 def test_config_of_another_size(
-    bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """transformers prints a report with colours; here one error names the first tensor."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     folder = copied(bert, tmp_path / "misfit", intermediate_size=12)
     with pytest.raises(LoadError) as refusal:
         load_model(folder)
     name = "bert.encoder.layer.0.intermediate.dense.bias"
     assert f"{name} has shape [16] in the file, and [12] by config.json" in refusal.value.what
     assert "2 more tensors" in refusal.value.what and refusal.value.fix
-    assert "".join(capfd.readouterr()) == ""
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "bad config", "short weights"])
