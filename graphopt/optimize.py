@@ -154,6 +154,10 @@ def optimize_program(
         from graphopt.emit.inductor import to_inductor
 
         to_inductor(module, program, options)
+    else:
+        from graphopt.emit.onednn import to_onednn
+
+        to_onednn(module, options)
     _hold_quality(module, original, options)
     return module
 

@@ -124,6 +124,10 @@ class OptimizedModule(nn.Module):
         call = self.program.call
         return outputs if call is None else pytree.tree_unflatten(outputs, call.out_spec)
 
+    def add_fast_path(self, code: Callable[..., Any]) -> None:
+        """Run ``code`` instead of the graph wherever neither gradients nor autocast are on."""
+        object.__setattr__(self._graph, "fast", code)
+
     def current_program(self) -> Program:
         """The program over the tensors the module holds now."""
         twin = self.program.copy()
@@ -198,8 +202,23 @@ class _Graph(nn.Module):
         self.written = [t for kind, t in self.outputs if kind is OutputKind.INPUT_MUTATION]
         self.code: Callable[..., Any] = fx.GraphModule(program.graph_module, program.graph)
 
+        self.fast: Callable[..., Any] | None = None
+
     def forward(self, *flat: Any) -> Any:
+        if self.fast is not None and _is_plain(flat):
+            return self.fast(*flat)
         return self.code(*flat)
+
+
+def _is_plain(flat: tuple[Any, ...]) -> bool:
+    """Whether neither gradients nor other precisions nor another tracer are asked for."""
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(isinstance(v, Tensor) and v.requires_grad for v in flat)
 
 
 def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:
