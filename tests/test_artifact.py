@@ -181,12 +181,14 @@ def test_fixed_flags_come_back(tmp_path: Path) -> None:
     assert after.program.call.fixed == before.program.call.fixed
     assert after.program.call.fixed["output_hidden_states"] is True
     kept = {"output_hidden_states": True}
-    for args, kwargs in (((ids,), {}), ((), {"input_ids": ids, **kept}), ((ids[:1],), kept)):
+    for args, kwargs in (((ids,), kept), ((), {"input_ids": ids, **kept}), ((ids[:1],), kept)):
         wanted, found = before(*args, **kwargs), after(*args, **kwargs)
         assert type(found) is type(wanted) and len(found.hidden_states) == 2
         assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
     refusals = []
     for module in (before, after):
+        with pytest.raises(GraphoptError, match="needs output_hidden_states=True"):
+            module(ids)
         with pytest.raises(GraphoptError, match="captured with output_hidden_states=True") as e:
             module(ids, output_hidden_states=False)
         refusals.append(str(e.value))
