@@ -81,7 +81,7 @@ def written(program: Program, report: Mapping[str, Any], returns: Mapping[str, s
         assumptions=program.assumptions,
         notes=program.notes,
         returns=dict(returns),
-        versions={name: version(name) for name in ("graphopt", "torch")},
+        versions={"graphopt": version("graphopt"), "torch": str(torch.__version__)},
     )
     return json.dumps(asdict(facts), allow_nan=False)
 
