@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 from graphopt.errors import RecipeError
-from graphopt.optimize import TARGETS
 from graphopt.presets import resolve
 from graphopt.recipe import Options
 
@@ -41,12 +40,6 @@ def check_options(options: Options, dynamic_shapes: Any = None) -> None:
     Raises:
         RecipeError: names the option, and what to do instead.
     """
-    if options.target not in TARGETS:
-        raise RecipeError(
-            f"unknown target {options.target!r}",
-            where="option target",
-            fix=f"use one of {', '.join(TARGETS)}",
-        )
     resolve(options.passes)
     given = {f.name: getattr(options, f.name) != f.default for f in fields(Options)}
     given["dynamic_shapes"] = dynamic_shapes is not None

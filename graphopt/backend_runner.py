@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.aliases import is_view, memory_of
-from graphopt.capture_memory import Memory, overlap
+from graphopt.capture_memory import Memory
+from graphopt.memory import overlapping
 from graphopt.program import OutputKind, Program
 
 Compiled = Callable[..., Any]
@@ -44,7 +45,7 @@ class Runner:
         self.user = [i for i, (_, o) in enumerate(pairs) if o.kind is OutputKind.USER]
 
     def __call__(self, *inputs: Any) -> Any:
-        if self.written and overlap(inputs, self.written):
+        if self.written and overlapping(inputs, self.written) is not None:
             return self.original(*inputs)
         results = self.run(*self.bind(self._protected(inputs)))
         for index, position in self.updates:

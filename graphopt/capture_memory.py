@@ -17,9 +17,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._sympy.printers import PythonPrinter
 
-from graphopt.capture_writes import EagerRun, storage
+from graphopt.capture_writes import EagerRun
 from graphopt.conditions import compiled
 from graphopt.errors import CaptureError
+from graphopt.memory import has_storage, share_memory, start, storage
 from graphopt.source import source_line
 
 Size = Callable[[Sequence[Any]], int]
@@ -78,9 +79,9 @@ class Memory:
         owners: dict[int, int] = {}
         for result, view, group in zip(results, self.views, self.groups, strict=True):
             if view is not None:
-                stale = view.position in written or not share(result, inputs[view.position])
+                stale = view.position in written or not share_memory(result, inputs[view.position])
                 yield view.of(inputs, gradients=result.requires_grad) if stale else result
-            elif group is not None and owners.setdefault(_start(result), group) != group:
+            elif group is not None and owners.setdefault(start(result), group) != group:
                 yield result.clone()
             else:
                 yield result
@@ -135,13 +136,13 @@ def _unbacked_symbols_ignored(mode: Any) -> Any:
 
 
 def _described(results: list[Any], inputs: Sequence[Any]) -> Memory:
-    owners = {storage(t): i for i, t in reversed(list(enumerate(inputs))) if _has_storage(t)}
+    owners = {storage(t): i for i, t in reversed(list(enumerate(inputs))) if has_storage(t)}
     sizes = dict(_symbols(inputs))
     numbers: dict[int, int] = {}
     views: list[View | None] = []
     groups: list[int | None] = []
     for result in results:
-        key = storage(result) if _has_storage(result) else None
+        key = storage(result) if has_storage(result) else None
         position = owners.get(key) if key is not None else None
         shown = position is not None
         views.append(_view(result, position, inputs, sizes) if position is not None else None)
@@ -194,41 +195,3 @@ def _axis(position: int, axis: int) -> Size:
 
 def _number(position: int) -> Size:
     return lambda inputs: int(inputs[position])
-
-
-def share(a: Any, b: Any) -> bool:
-    """Whether two tensors show the same memory."""
-    return _start(a) == _start(b) != 0
-
-
-def overlap(inputs: Sequence[Any], written: frozenset[int]) -> bool:
-    """Whether a written input and another one show the same bytes (judged by their extents)."""
-    extents = sorted(
-        (v.data_ptr(), v.data_ptr() + _extent(v), i in written)
-        for i, v in enumerate(inputs)
-        if isinstance(v, Tensor) and v.layout is torch.strided and v.numel()
-    )
-    end = end_of_written = 0
-    for start, stop, writes in extents:
-        if start < (end if writes else end_of_written):
-            return True
-        end = max(end, stop)
-        end_of_written = max(end_of_written, stop) if writes else end_of_written
-    return False
-
-
-def _extent(value: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    if value.is_contiguous():
-        return value.nbytes
-    pairs = zip(value.shape, value.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in pairs)
-    return elements * value.element_size()
-
-
-def _start(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
-
-
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided

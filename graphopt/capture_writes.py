@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphopt.memory import storage
 from graphopt.program import is_mutating
 
 
@@ -71,8 +72,3 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     schema = func._schema.arguments
     yield from zip(schema, args, strict=False)
     yield from ((a, kwargs[a.name]) for a in schema if a.name in kwargs)
-
-
-def storage(value: Tensor) -> int:
-    """Equal for tensors that live in one storage, fake ones too."""
-    return int(value.untyped_storage()._cdata)

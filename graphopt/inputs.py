@@ -140,6 +140,8 @@ def draw_inputs(specs: Sequence[TensorSpec], vocabulary: int = 2) -> Inputs:
 
 def _check_memory(specs: Sequence[TensorSpec]) -> None:
     """Refuse what cannot be allocated; numbers are drawn with 4 or 8 bytes each."""
+    if not hasattr(os, "sysconf"):
+        return  # Windows does not say; the allocation itself then fails
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for spec in specs:
         needed = math.prod(spec.shape) * max(4, spec.dtype.itemsize)

@@ -18,8 +18,6 @@ from graphopt.program import Program
 from graphopt.recipe import Options, rewrite_program
 from graphopt.report.model import Certificate, Report
 
-TARGETS = ("torch", "inductor")
-
 
 def compile(
     model: nn.Module,
@@ -65,13 +63,15 @@ def compile(
         CaptureError: the model cannot be captured.
         VerificationError: the result is wrong (always for the whole, with ``strict`` for any part).
     """
-    _check_target(target, providers)
+    if providers is not None:
+        raise GraphoptError(
+            f"providers have no meaning for target {target!r}", fix="leave providers out"
+        )
     told, steps = progress or (lambda _text: None), resolve(passes)
     options = Options(steps, calibration, quality, budget, target, strict, measure, told)
     if example_inputs is None and example_kwargs is None:
         from graphopt.backend import compile_dynamic
 
-        _check_dynamic(options)
         return compile_dynamic(model, options, dynamic_shapes)
     options.progress("capture")
     program, eager = capture_model(model, example_inputs, example_kwargs, dynamic_shapes)
@@ -90,29 +90,6 @@ def explain(
     options = Options(resolve(passes))
     program, eager = capture_model(model, example_inputs, example_kwargs, dynamic_shapes)
     return rewrite_program(program, options, eager)[1]
-
-
-def _check_target(target: str, providers: Sequence[str] | None) -> None:
-    if target not in TARGETS:
-        raise GraphoptError(
-            f"unknown target {target!r}",
-            fix=f"use one of {', '.join(TARGETS)}; for ONNX Runtime write a file with export_onnx",
-        )
-    if providers is not None:
-        raise GraphoptError(
-            f"providers have no meaning for target {target!r}", fix="leave providers out"
-        )
-
-
-def _check_dynamic(options: Options) -> None:
-    """What is held against one whole program has no meaning for graphs compiled one by one."""
-    for name in ("calibration", "quality"):
-        if getattr(options, name) is not None:
-            raise GraphoptError(
-                f"{name} is held against one whole graph, but without example_inputs there is none",
-                where=name,
-                fix="pass example_inputs",
-            )
 
 
 def capture_model(

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture_errors import first_line
 from graphopt.capture_watch import left_as_it_is
 from graphopt.errors import CaptureError
+from graphopt.memory import has_storage, storage
 from graphopt.program import OutputKind, Program, ProgramOutput
 from graphopt.source import frames_of_traceback, innermost
 from graphopt.verify.replay import SEED
@@ -46,15 +47,14 @@ def _note_shown(program: Program, model: nn.Module, outputs: Sequence[Any]) -> N
     """Name, for each user output that lies in a buffer the program updates, that buffer."""
     updated = {o.target for o in program.outputs if o.kind is OutputKind.BUFFER_MUTATION}
     owners = {
-        buffer.untyped_storage()._cdata: name
+        storage(buffer): name
         for name, buffer in model.named_buffers(remove_duplicate=False)
         if name in updated
     }
     user = [i for i, o in enumerate(program.outputs) if o.kind is OutputKind.USER]
     for index, value in zip(user, outputs, strict=False):
-        if isinstance(value, Tensor) and value.layout is torch.strided:
-            shown = owners.get(value.untyped_storage()._cdata)
-            program.outputs[index] = ProgramOutput(OutputKind.USER, shown)
+        if has_storage(value):
+            program.outputs[index] = ProgramOutput(OutputKind.USER, owners.get(storage(value)))
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

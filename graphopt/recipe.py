@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.errors import CaptureError, GraphoptError
+from graphopt.errors import CaptureError, GraphoptError, RecipeError
 from graphopt.pipeline import Context, certify, run_passes
 from graphopt.presets import Recipe, resolve, to_recipe
 from graphopt.program import Program, val
@@ -27,6 +27,8 @@ from graphopt.source import source_line
 from graphopt.verify.measure import compare, kernel_tolerance, worst
 from graphopt.verify.replay import SEED
 from graphopt.verify.whole import hash_inputs
+
+TARGETS = ("torch", "inductor")
 
 CALIBRATION_SETS = 4
 """Calibration inputs that also serve verification; more would only cost time."""
@@ -41,6 +43,7 @@ class Options:
         calibration: further inputs (tensor, tuple or dict, as the model takes them).
         quality: ``quality(module) -> float``, higher is better.
         budget: how far ``quality`` may fall, absolute.
+        target: one of `TARGETS`.
         measure: keep only rewrites that are not slower on this machine.
         strict: raise where something does not verify, instead of keeping the original there.
     """
@@ -68,6 +71,13 @@ class Options:
                 f"quality is a function of a module, not {type(self.quality).__name__}",
                 where="quality",
                 fix="quality=lambda module: accuracy(module)",
+            )
+        if self.target not in TARGETS:
+            raise RecipeError(
+                f"unknown target {self.target!r}",
+                where="option target",
+                fix=f"use one of {', '.join(TARGETS)}; for ONNX Runtime write a file with "
+                "export_onnx",
             )
         if not isinstance(self.budget, Real) or self.budget != self.budget:
             raise GraphoptError(f"the budget is a number, not {self.budget!r}", where="budget")

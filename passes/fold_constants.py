@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from graphopt.analysis.aliases import is_returned, is_view
+from graphopt.analysis.flow import ancestors
 from graphopt.analysis.purity import is_pure
 from graphopt.passes.canonicalize.identity import case
 from graphopt.program import InputKind, Program, val
@@ -150,7 +151,7 @@ class Cones:
 
     def _cone(self, root: fx.Node, dead: set[fx.Node]) -> tuple[Match, set[fx.Node]]:
         """The match of everything behind ``root``, and what has no users left once it is folded."""
-        cone = sorted(_ancestors(root), key=self.position.__getitem__, reverse=True)
+        cone = sorted(ancestors([root]), key=self.position.__getitem__, reverse=True)
         freed = {root}
         for node in cone[1:]:
             if all(user in freed or user in dead for user in node.users):
@@ -161,15 +162,6 @@ class Cones:
         inside = set(nodes)
         shared = frozenset(n for n in nodes[1:] if not inside.issuperset(n.users))
         return Match(self.program, (root,), nodes, sizes, shared), freed
-
-
-def _ancestors(root: fx.Node) -> set[fx.Node]:
-    found, queue = {root}, [root]
-    while queue:
-        fresh = [n for n in queue.pop().all_input_nodes if n not in found]
-        found.update(fresh)
-        queue.extend(fresh)
-    return found
 
 
 def _is_static(value: Any) -> bool:

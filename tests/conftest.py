@@ -47,6 +47,14 @@ def seeded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """What Dynamo compiled before and will compile after is unknown to the test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def data_dir(request: pytest.FixtureRequest) -> Path:
     """The folder with real weights and images; tests that need it skip where there is none."""

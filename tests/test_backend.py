@@ -13,12 +13,7 @@ from graphopt.backend import Backend
 from graphopt.errors import RecipeError
 from graphopt.recipe import Options
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Net(nn.Module):

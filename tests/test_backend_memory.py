@@ -14,14 +14,9 @@ from graphopt.backend import Backend
 from graphopt.errors import CaptureError
 from graphopt.recipe import Options
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 gap = torch._dynamo.graph_break
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Net(nn.Module):

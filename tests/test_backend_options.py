@@ -11,12 +11,7 @@ from graphopt.backend import Backend
 from graphopt.errors import GraphoptError, RecipeError
 from graphopt.recipe import Options
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 AHEAD_OF_TIME = {

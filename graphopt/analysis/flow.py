@@ -93,6 +93,18 @@ def bodies(node: Node) -> list[Graph] | None:
     return [c.graph for c in called if isinstance(c, GraphModule)]
 
 
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """``nodes`` and every node that one of them depends on; as `reachable`, without a view."""
+    found: set[Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue += node.all_input_nodes
+    return found
+
+
 def reachable(view: Flow, sources: Iterable[Node], *, backward: bool = False) -> set[Node]:
     """``sources`` and every node that depends on one (``backward``: that one depends on)."""
     layers = nx.bfs_layers(view.reverse(copy=False) if backward else view, set(sources))

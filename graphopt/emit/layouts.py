@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphopt.analysis.flow import ancestors
 from graphopt.errors import GraphoptError
 from graphopt.program import Program, val
 from graphopt.source import source_line
@@ -45,7 +46,7 @@ class LayoutGuard:
     def __init__(self, program: Program, labels: Sequence[str]) -> None:
         self.program = program
         self.bound = [n for n in program.graph.nodes if _is_bound(n)]
-        reached = _ancestors(self.bound)
+        reached = ancestors(self.bound)
         self.captured = [
             (i, label, _format(val(node)), _strides(val(node)))
             for i, (node, label) in enumerate(zip(program.user_inputs(), labels, strict=True))
@@ -102,17 +103,6 @@ def _fix(label: str, layout: torch.memory_format | None) -> str:
         return "pass it laid out as captured, or capture with an example laid out like this"
     asked = "" if layout is torch.contiguous_format else f"memory_format={layout}"
     return f"pass {label}.contiguous({asked}), or capture with an example laid out like this"
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _format(fake: Any) -> torch.memory_format | None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.memory import share_memory
+
 Write = tuple[Tensor, Tensor]
 """A new value and the tensor it is written into."""
 
@@ -53,20 +55,3 @@ def in_memory_of(given: Tensor, value: Tensor, output: Any) -> Any:
         return given.view_as(given) if whole else output
     start = given.storage_offset() + output.storage_offset() - value.storage_offset()
     return given.as_strided(output.shape, output.stride(), start)
-
-
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
-
-
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the spans of two tensors in one memory meet; parts of one tensor may not."""
-    if not share_memory(a, b) or not a.numel() or not b.numel():
-        return False
-    return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
-
-
-def _end(tensor: Tensor) -> int:
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    return tensor.data_ptr() + (last + 1) * tensor.element_size()

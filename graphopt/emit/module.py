@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from graphopt.emit.folded import FoldedWeights
 from graphopt.emit.guards import CallBinder, InputGuard
-from graphopt.emit.memory import Write, overlap, store
+from graphopt.emit.memory import Write, store
 from graphopt.errors import GraphoptError
+from graphopt.memory import overlapping
 from graphopt.program import InputKind, OutputKind, Program
 from graphopt.report.model import Report
 from graphopt.rewrite.builder import is_folded
@@ -59,7 +60,6 @@ class OptimizedModule(nn.Module):
 
     def _register_state(self, program: Program) -> None:
         kinds = {e.target: e for e in program.inputs.values() if e.target is not None}
-        self._paths: dict[str, tuple[str, str]] = {}
         for name, tensor in program.state.items():
             entry = kinds.get(name)
             holder, leaf = _holder(self, name)
@@ -88,14 +88,12 @@ class OptimizedModule(nn.Module):
 
     def _keep_apart(self, flat: list[Any]) -> None:
         """Refuse an input that is written and shares memory with another one."""
-        for name in self._graph.written:
-            place = flat[self._graph.positions[name]]
-            others = [v for i, v in enumerate(flat) if i != self._graph.positions[name]]
-            if any(isinstance(v, Tensor) and overlap(v, place) for v in others):
-                raise GraphoptError(
-                    f"{name} is written in place and shares memory with another input",
-                    fix="pass a copy of one of them",
-                )
+        written = {self._graph.positions[name]: name for name in self._graph.written}
+        if written and (shared := overlapping(flat, written)) is not None:
+            raise GraphoptError(
+                f"{written[shared]} is written in place and shares memory with another input",
+                fix="pass a copy of one of them",
+            )
 
     def _state(self, name: str, recording: bool) -> Tensor:
         """A tensor of the module as the graph takes it.
@@ -201,7 +199,6 @@ class _Graph(nn.Module):
         self.updated = {t for kind, t in self.outputs if kind is OutputKind.BUFFER_MUTATION}
         self.written = [t for kind, t in self.outputs if kind is OutputKind.INPUT_MUTATION]
         self.code: Callable[..., Any] = fx.GraphModule(program.graph_module, program.graph)
-
         self.fast: Callable[..., Any] | None = None
 
     def forward(self, *flat: Any) -> Any:
