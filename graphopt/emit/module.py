@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from graphopt.emit.folded import FoldedWeights
@@ -57,6 +59,8 @@ class OptimizedModule(nn.Module):
         self._binder = CallBinder(program)
         self._guard = InputGuard(program)
         self._folded = FoldedWeights(original, program)
+        rules = {applied.rule for applied in report.applied}
+        self._recognised = program.frozen and "RecognizeAttention" in rules
 
     def _register_state(self, program: Program) -> None:
         kinds = {e.target: e for e in program.inputs.values() if e.target is not None}
@@ -76,8 +80,19 @@ class OptimizedModule(nn.Module):
         self._guard(flat)
         self._keep_apart(flat)
         self._folded()
-        results = self._graph(*self._arguments(flat))
+        with self._attention(flat):
+            results = self._graph(*self._arguments(flat))
         return self._finish(results, flat)
+
+    def _attention(self, flat: list[Any]) -> AbstractContextManager[None]:
+        """Unfused where gradients of inputs are recorded and the model had written it out.
+
+        Fused kernels have no second derivative, and wrong first ones in rows that a finite mask
+        hides; the memory they save was never saved by the model.
+        """
+        if self._recognised and _recording(flat):
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
 
     def _arguments(self, flat: list[Any]) -> list[Any]:
         given, recording = iter(flat), torch.is_grad_enabled()
@@ -213,9 +228,12 @@ def _is_plain(flat: tuple[Any, ...]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    if not torch.is_grad_enabled():
-        return True
-    return not any(isinstance(v, Tensor) and v.requires_grad for v in flat)
+    return not _recording(flat)
+
+
+def _recording(flat: Iterable[Any]) -> bool:
+    """Whether autograd records what is computed from these values."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in flat)
 
 
 def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:

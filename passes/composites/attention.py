@@ -46,9 +46,10 @@ class RecognizeAttention(Rule):
     Vaswani et al. 2017, equation 1. The key is the scores' right factor, transposed here: nothing
     is assumed about how the user came by it.
 
-    Gradients are those of torch's fused kernels. They have no second derivative, and where a finite
-    mask hides a row entirely they are wrong; so in training mode such masks are refused, while in
-    eval mode, where only inputs have gradients, they are not.
+    Gradients in training mode are those of torch's fused kernels. They have no second derivative,
+    and where a finite mask hides a row entirely they are wrong; so such masks are refused there. In
+    eval mode, where only inputs have gradients, `OptimizedModule` asks for them unfused: a row that
+    ``masked_fill`` hides entirely behind a finite number has those of an added mask.
     """
 
     benefit = 10
