@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -145,6 +146,9 @@ def is_folded(name: str) -> bool:
 def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on fake values; no new demand on symbolic sizes may arise.
 
+    Composites are taken apart in Python, as the capture takes them apart: some kernels in C++ ask
+    for sizes as numbers, and so fix axes that the operator leaves open.
+
     Raises:
         IllegalRewriteError: the operator does not fit, or holds only for some sizes.
     """
@@ -152,22 +156,23 @@ def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     guards = len(shape_env.guards) if shape_env is not None else 0
     known = _known_of_sizes(shape_env)
     try:
-        with mode, torch.no_grad():
+        with enable_python_dispatcher(), mode, torch.no_grad():
             meta = target(*args, **kwargs)
     except Exception as error:
+        _take_back(shape_env, guards, known)
         name = operator_name(target)
         raise IllegalRewriteError(f"{name} does not fit here: {error}") from error
-    if shape_env is not None and len(shape_env.guards) > guards:
-        added = shape_env.guards[guards].expr
-        del shape_env.guards[guards:]
-        _forget_what_followed(shape_env, known)
-        if "conv" not in operator_name(target):  # convolutions only ask which layout is faster
-            raise IllegalRewriteError(f"{operator_name(target)} would demand {added} of the inputs")
+    added = _take_back(shape_env, guards, known)
+    # Convolutions only ask which layout is faster.
+    if added is not None and "conv" not in operator_name(target):
+        raise IllegalRewriteError(f"{operator_name(target)} would demand {added} of the inputs")
     return meta
 
 
 _KNOWN = ("replacements", "replacements_slocs", "var_to_range", "divisible", "axioms")
 """What a guard teaches a shape environment, besides the guard itself."""
+_ANSWERS = (("fake_tensor_cache", "clear"), ("_inner_evaluate_expr", "cache_clear"))
+"""Its caches, and how they are emptied: an answer given again comes without the guard it needs."""
 
 
 def _known_of_sizes(shape_env: Any) -> dict[str, Any]:
@@ -175,13 +180,24 @@ def _known_of_sizes(shape_env: Any) -> dict[str, Any]:
     return {name: copy.copy(value) for name, value in kept if value is not None}
 
 
-def _forget_what_followed(shape_env: Any, known: dict[str, Any]) -> None:
-    """Take back what an operator that was refused taught: an axis it fixed is dynamic again."""
+def _take_back(shape_env: Any, guards: int, known: dict[str, Any]) -> Any:
+    """Forget all guards but the first ``guards`` and what they taught: axes are dynamic again.
+
+    Returns the first demand that the kept guards do not make already, if there is one.
+    """
+    if shape_env is None or len(shape_env.guards) <= guards:
+        return None
+    made = {guard.expr for guard in shape_env.guards[:guards]}
+    added = next((g.expr for g in shape_env.guards[guards:] if g.expr not in made), None)
+    del shape_env.guards[guards:]
     for name, value in known.items():
         setattr(shape_env, name, value)
     for counter in ("_version_counter", "_replacements_version_counter"):
         if hasattr(shape_env, counter):  # values cached for a version are stale
             setattr(shape_env, counter, getattr(shape_env, counter) + 1)
+    for name, empty in _ANSWERS:
+        getattr(getattr(shape_env, name, None), empty, lambda: None)()
+    return added
 
 
 _FOLDED = re.compile(r"_folded(_\d+)?$")
