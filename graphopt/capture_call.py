@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from graphopt import huggingface
 from graphopt.capture_checks import checked_call
 from graphopt.capture_specs import Call
+from graphopt.capture_watch import left_as_it_is, same_answers
 from graphopt.program import CallSpec, Program
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -41,6 +42,20 @@ class Example:
         """The model's own answer on a copy of the example."""
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, self.call)
         return self.model(*args, **kwargs, **self.flags)
+
+    def needs(self, flag: str) -> bool:
+        """Whether the model answers otherwise where a flag is left out."""
+        others = {k: v for k, v in self.flags.items() if k != flag}
+        with torch.no_grad(), suppress(Exception):  # what fails without the flag needs it
+            first, second = (_answer(e) for e in (self, replace(self, flags=others)))
+            return not same_answers(first, second)
+        return True
+
+
+def _answer(example: Example) -> Any:
+    with left_as_it_is(example.model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return pytree.tree_map_only(Tensor, torch.clone, example.run())
 
 
 def example_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
@@ -110,6 +125,7 @@ def call_spec(example: Example, program: Program) -> CallSpec:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     config = getattr(example.model, "config", None)
     meant = {name: _meant(config, name, defaults.get(name)) for name in example.flags}
+    meant |= {k: v for k, v in example.flags.items() if meant[k] != v and not example.needs(k)}
     return replace(
         program.call,
         positional=tuple(p.name for p in parameters if p.kind in _BY_POSITION),

@@ -175,6 +175,12 @@ def _equal(a: Any, b: Any) -> bool:
     return isinstance(a, int | float | str | set | torch.Size) and a == b
 
 
+def same_answers(one: Any, other: Any) -> bool:
+    """Whether two outputs have one structure and equal leaves."""
+    leaves, specs = zip(*map(pytree.tree_flatten, (one, other)), strict=True)
+    return specs[0] == specs[1] and all(map(_equal, *leaves))
+
+
 def remembers(model: nn.Module, run: Callable[[], Any]) -> bool:
     """Whether a second call, with the attributes that the first one left behind, answers otherwise.
 

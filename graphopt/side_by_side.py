@@ -212,10 +212,11 @@ def _pt2(loaded: LoadedModel) -> Runnable:
     program = program_of(loaded)
     module = OptimizedModule(program, Report(program.name))
     names = [n.name for n in program.user_inputs()]
+    flags = program.call.fixed if program.call is not None else {}
 
     def run(values: Mapping[str, Any]) -> list[Any]:
         with torch.no_grad():
-            return list(pytree.tree_leaves(module(**values)))
+            return list(pytree.tree_leaves(module(**{**flags, **values})))
 
     tensors = dict(zip(names, program.example_inputs, strict=True))
-    return Runnable(loaded.source.name, run, Inputs(tensors) if tensors else None)
+    return Runnable(loaded.source.name, run, Inputs({**tensors, **flags}) if tensors else None)

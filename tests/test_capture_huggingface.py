@@ -94,6 +94,16 @@ def test_a_flag_may_be_left_out_where_the_config_says_the_same(usual: bool) -> N
         assert call(program, **example).past_key_values is None
 
 
+def test_a_flag_that_changes_nothing_may_be_left_out() -> None:
+    """An encoder keeps no cache, whatever its config says."""
+    model, example = bert(), inputs()
+    assert model.config.use_cache
+    program = capture(model, (), {**example, "use_cache": False, "output_attentions": True})
+    assert call(program, **example, output_attentions=True).attentions is not None
+    with pytest.raises(GraphoptError, match="needs output_attentions=True"):
+        call(program, **example)
+
+
 def test_a_cache_is_returned_as_the_model_returns_it() -> None:
     model, example = llama(), inputs()
     found = call(capture(model, (), example), **example).past_key_values

@@ -79,3 +79,16 @@ def test_what_the_runtime_refuses_is_told_once(capfd):
 def test_a_tolerance_that_means_nothing_is_refused(capsys, tolerance):
     status, _, err = verify(capsys, "good.onnx", "good.onnx", "--tolerance", tolerance)
     assert status == 1 and "the tolerance is a number from 0 upward" in err
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "LlamaForCausalLM"])
+def test_a_folder_and_what_was_made_of_it_agree(kind, capsys):
+    """The flags with which a folder is captured are those with which its files are called."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = getattr(transformers, kind)
+    model(model.config_class(**sizes, num_attention_heads=2)).save_pretrained("folder")
+    main(["optimize", "folder", "-o", "made.pt2", "-o", "made.onnx"])
+    for other in ("folder", "made.onnx"):
+        status, out, err = verify(capsys, "made.pt2", other)
+        assert status == 0 and "agree" in out, err
