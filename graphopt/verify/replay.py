@@ -247,8 +247,10 @@ def _gradients(piece: Subgraph, values: Sequence[Any], names: list[str]) -> list
 
 
 def _cotangents(results: Iterable[Tensor]) -> list[Tensor]:
+    """Random ones; those of single numbers are positive, as losses that cancel leave only noise."""
     generator = torch.Generator().manual_seed(SEED)
     made = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+    made = [m if m.dim() else m.abs() + 0.5 for m in made]
     return [m.to(r.device, r.dtype) for m, r in zip(made, results, strict=True)]
 
 
