@@ -78,7 +78,9 @@ class Memory:
         """
         owners: dict[int, int] = {}
         for result, view, group in zip(results, self.views, self.groups, strict=True):
-            if view is not None:
+            if result is None:  # given up by an option of a pass
+                yield result
+            elif view is not None:
                 stale = view.position in written or not share_memory(result, inputs[view.position])
                 yield view.of(inputs, gradients=result.requires_grad) if stale else result
             elif group is not None and owners.setdefault(start(result), group) != group:

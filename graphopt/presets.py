@@ -18,6 +18,7 @@ EXACT: tuple[str, ...] = (
     "FoldNormAffine",
     "PreRMSNorm",
     "MergeProjections",
+    "FuseLossHead",
     "Canonicalize",
     "EliminateCommonSubexpressions",
 )

@@ -96,12 +96,21 @@ def rewrite_program(
     report.notes += context.skipped
     start = time.perf_counter()
     captured = _certify_capture(program, eager, report)
+    program = _conceded(program, passes)
     optimized = run_passes(program, passes, context)
     options.progress("verify the whole")
     report.verified = certify(program, optimized, context, name="whole program") and captured
     report.graph_before, report.graph_after = node_views(program), node_views(optimized)
     report.seconds["optimize"] = time.perf_counter() - start
     return optimized, report
+
+
+def _conceded(program: Program, passes: Sequence[Pass]) -> Program:
+    """The program without what the options of passes give up."""
+    twin = program.copy()
+    for step in passes:
+        step.concede(twin)
+    return twin
 
 
 def _check_layouts(program: Program) -> None:

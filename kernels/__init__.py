@@ -1,0 +1,5 @@
+"""Operators of graphopt: importing this registers them. Triton is loaded where a kernel runs."""
+
+from graphopt.kernels import chunked_rows
+
+__all__ = ["chunked_rows"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from graphopt.passes.composites import RecognizeComposites
     from graphopt.passes.fold_batch_norm import FoldBatchNorm
     from graphopt.passes.fold_norm_affine import FoldNormAffine
+    from graphopt.passes.loss_head import FuseLossHead
     from graphopt.passes.merge_projections import MergeProjections
     from graphopt.passes.pre_rms_norm import PreRMSNorm
     from graphopt.passes.simplify import EliminateCommonSubexpressions, FoldConstants
@@ -23,6 +24,7 @@ _HOMES = {
     "FoldBatchNorm": "fold_batch_norm",
     "FoldConstants": "simplify",
     "FoldNormAffine": "fold_norm_affine",
+    "FuseLossHead": "loss_head",
     "MergeProjections": "merge_projections",
     "PreRMSNorm": "pre_rms_norm",
     "RecognizeComposites": "composites",
@@ -34,6 +36,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FoldNormAffine",
+    "FuseLossHead",
     "MergeProjections",
     "PreRMSNorm",
     "RecognizeComposites",

@@ -16,6 +16,7 @@ from graphopt.emit.onnx_axes import name_axes
 from graphopt.emit.onnx_runtime import compare_with_runtime, feed_of, open_session, require
 from graphopt.emit.onnx_translate import fuse_for_runtime, input_names, output_names, translate
 from graphopt.emit.onnx_variants import separate_projections
+from graphopt.emit.unchunked import unchunked
 from graphopt.errors import ExportError
 from graphopt.files import atomic_path
 from graphopt.program import Assumption, Program
@@ -205,7 +206,7 @@ def _exportable(module: OptimizedModule) -> Program:
             "state between runs",
             fix="take the state as an input and return its new value",
         )
-    return program
+    return unchunked(program)
 
 
 def _metadata(module: OptimizedModule) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from graphopt.errors import RecipeError
+from graphopt.program import Program
 from graphopt.rewrite.rule import Rule
 
 ENTRY_POINT_GROUP = "graphopt.passes"
@@ -28,6 +29,12 @@ class Pass:
     def rules(self) -> Sequence[Rule]:
         """The rules this pass applies together, to a fixpoint."""
         raise NotImplementedError(f"{self.name} defines no rules")
+
+    def concede(self, program: Program) -> None:
+        """Take out of a program what the options give up, before anything is rewritten.
+
+        What is left is what every rewrite is held to.
+        """
 
     @property
     def name(self) -> str:

@@ -1,0 +1,53 @@
+"""``chunked_rows`` in the operators it stands for, for targets that have no such operator."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.kernels.chunked_rows import chunked_rows, filled, parse
+from graphopt.program import Program, val
+from graphopt.rewrite.builder import infer, program_fake_mode
+
+aten = torch.ops.aten
+
+
+def unchunked(program: Program) -> Program:
+    """The same program with products held whole; itself where it has no such operator."""
+    if not program.graph.find_nodes(op="call_function", target=chunked_rows):
+        return program
+    twin = program.copy()
+    for node in twin.graph.find_nodes(op="call_function", target=chunked_rows):
+        _spell(twin, node)
+    twin.graph.eliminate_dead_code()
+    twin.lint()
+    twin.recompile()
+    return twin
+
+
+def _spell(program: Program, node: fx.Node) -> None:
+    args: Any = node.args
+    hidden, weight, rows, whole, text = args[:5]
+    body = parse(text)
+    mode = program_fake_mode(program)
+
+    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = program.graph.call_function(target, args, kwargs)
+        fakes = fx.node.map_arg((args, kwargs), val)
+        made.meta = {**node.meta, "val": infer(mode, target, *fakes)}
+        return made
+
+    with program.graph.inserting_before(node):
+        products = [emit(aten.linear.default, *pair) for pair in zip(hidden, weight, strict=True)]
+        values = dict(zip(body.parameters, [*products, *rows, *whole], strict=True))
+        for step in body.steps:
+            given, kwargs = filled((step.args, step.kwargs), values)
+            values[step.name] = emit(step.target, *given, **kwargs)
+    results = [values[name] for name in (*body.rows, *body.sums)]
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index], propagate_meta=False)

@@ -1,0 +1,26 @@
+"""Row summaries of large products, a chunk of rows at a time: the products are never held whole.
+
+For products ``P_i = hidden_i @ weight_i.T`` with ``hidden_i (N, D_i)`` and ``weight_i (V_i, D_i)``
+and a body ``f`` (see `body`), ``graphopt::chunked_rows`` gives ``f(P_1, ..., rows, whole)``: values
+per row, concatenated, and sums over rows, accumulated. Tensors in ``rows`` have N rows and are cut
+with the products; those in ``whole`` are not.
+
+Memory beyond the results is that of one chunk, ``chunk x V`` numbers a few times over, where eager
+mode holds ``N x V``. Work: one product forward; backward computes it again and takes two more.
+Where the one result with a gradient is a sum, its gradients are taken in the forward pass, for a
+cotangent of one, which spares computing it again: three products of ``2 N D V`` FLOPs are the
+bound. (Not in float16, whose range needs the cotangent first.)
+
+A second derivative goes through the products as eager mode has them, in its memory; so do
+``torch.func`` and forward-mode differentiation. ``vmap`` over the operator is refused by torch.
+"""
+
+from __future__ import annotations
+
+from graphopt.kernels.chunked_rows.autograd import chunked_rows
+from graphopt.kernels.chunked_rows.body import Body, filled, read
+from graphopt.kernels.chunked_rows.parsing import parse
+from graphopt.kernels.chunked_rows.spelling import spell
+from graphopt.kernels.chunked_rows.vocabulary import allowed
+
+__all__ = ["Body", "allowed", "chunked_rows", "filled", "parse", "read", "spell"]

@@ -1,0 +1,139 @@
+"""``graphopt::chunked_rows`` for torch: schemas, what runs, fake values. See `autograd` too.
+
+Three operators: the one that users and passes call, and two that its autograd calls, with all
+tensors in one list and ``counts`` of the four groups. ``chunked_rows_with_gradients`` gives the
+results and then a gradient for each operand that is ``wanted``, for a cotangent of one;
+``chunked_rows_backward`` gives the gradients for ``cotangents`` of the differentiable results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.kernels.chunked_rows.body import read
+from graphopt.kernels.chunked_rows.chunks import Loop
+from graphopt.kernels.chunked_rows.operands import Operands, cast, check, grouped, products
+
+Tensors = Sequence[Tensor]
+Settings = tuple[str, int, list[bool], torch.dtype | None]
+"""Body, chunk_bytes, differentiable, autocast: what every call ends with."""
+
+library = torch.library.Library("graphopt", "FRAGMENT")
+_SETTINGS = "str body, int chunk_bytes, bool[] differentiable, ScalarType? autocast=None"
+_FLAT = f"Tensor[] tensors, int[] counts, {_SETTINGS}"
+for _schema in (
+    "chunked_rows(Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] whole, "
+    f"{_SETTINGS}) -> Tensor[]",
+    f"chunked_rows_with_gradients({_FLAT}, *, bool[] wanted) -> Tensor[]",
+    f"chunked_rows_backward({_FLAT}, *, bool[] wanted, Tensor[] cotangents) -> Tensor[]",
+):
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+chunked_rows = torch.ops.graphopt.chunked_rows.default
+
+
+def casting(tensors: Tensors, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """The autocast region that a call was made in; backward runs outside of it."""
+    return nullcontext() if dtype is None else torch.autocast(tensors[0].device.type, dtype)
+
+
+def _loop(operands: Operands[Tensor], settings: Settings) -> Loop:
+    body, chunk_bytes, differentiable, autocast = settings
+    check(operands, read(body), chunk_bytes, len(differentiable))
+    return Loop(read(body), operands, chunk_bytes, autocast)
+
+
+def _run(
+    hidden: Tensors,
+    weight: Tensors,
+    rows: Tensors,
+    whole: Tensors,
+    body: str,
+    chunk_bytes: int,
+    differentiable: list[bool],
+    autocast: torch.dtype | None = None,
+) -> list[Tensor]:
+    operands = Operands(hidden, weight, rows, whole)
+    loop = _loop(operands, (body, chunk_bytes, differentiable, autocast))
+    with torch.no_grad(), casting(hidden, autocast):
+        return loop.run()
+
+
+def _run_with_gradients(
+    tensors: Tensors,
+    counts: Sequence[int],
+    body: str,
+    chunk_bytes: int,
+    differentiable: list[bool],
+    autocast: torch.dtype | None = None,
+    *,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    loop = _loop(grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast))
+    with torch.no_grad(), casting(tensors, autocast):
+        return loop.run_with_gradients(wanted, differentiable)
+
+
+def _backward(
+    tensors: Tensors,
+    counts: Sequence[int],
+    body: str,
+    chunk_bytes: int,
+    differentiable: list[bool],
+    autocast: torch.dtype | None = None,
+    *,
+    wanted: Sequence[bool],
+    cotangents: Tensors,
+) -> list[Tensor]:
+    loop = _loop(grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast))
+    with torch.no_grad(), casting(tensors, autocast):
+        return loop.gradients(wanted, differentiable, cotangents)
+
+
+def _fake(
+    hidden: Tensors,
+    weight: Tensors,
+    rows: Tensors,
+    whole: Tensors,
+    body: str,
+    chunk_bytes: int,
+    differentiable: list[bool],
+    autocast: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Shapes and dtypes from a few rows: nothing about their real number is asked."""
+    operands = Operands(hidden, weight, rows, whole)
+    check(operands, read(body), chunk_bytes, len(differentiable))
+    few = [[t.new_empty((2, *t.shape[1:])) for t in group] for group in (hidden, rows)]
+    short = cast(Operands(few[0], weight, few[1], whole), autocast)
+    with casting(hidden, autocast):
+        per_row, sums = read(body)([*products(short), *few[1], *whole])
+    count = hidden[0].shape[0]
+    made = [t.new_empty((count, *t.shape[1:])) for t in per_row]
+    return [*made, *(t.new_empty(()) for t in sums)]
+
+
+def _fake_backward(tensors: Tensors, *_: Any, wanted: Sequence[bool], **__: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t, asked in zip(tensors, wanted, strict=True) if asked]
+
+
+def _fake_with_gradients(
+    tensors: Tensors, counts: Sequence[int], *settings: Any, wanted: Sequence[bool]
+) -> list[Tensor]:
+    operands = grouped(tensors, counts)
+    results = _fake(operands.hidden, operands.weight, operands.rows, operands.whole, *settings)
+    return [*results, *_fake_backward(tensors, wanted=wanted)]
+
+
+for _name, _real, _meta in (
+    ("chunked_rows", _run, _fake),
+    ("chunked_rows_with_gradients", _run_with_gradients, _fake_with_gradients),
+    ("chunked_rows_backward", _backward, _fake_backward),
+):
+    for _key in ("CPU", "CUDA"):
+        library.impl(_name, _real, _key)
+    torch.library.register_fake(f"graphopt::{_name}", _meta, lib=library)

@@ -1,0 +1,121 @@
+"""Building the operator's call, and what stands before and behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.analysis.axes import Placement
+from graphopt.kernels.chunked_rows import chunked_rows, spell
+from graphopt.passes.loss_head.body import SAMPLE
+from graphopt.passes.loss_head.rows import Flat, RowInput, shape_of
+from graphopt.passes.loss_head.totals import Term, Total
+from graphopt.passes.loss_head.translate import Translation
+from graphopt.program import val
+from graphopt.rewrite import Builder
+
+aten = torch.ops.aten
+
+WHOLE = Placement()
+"""Of a tensor that is laid out as the operator takes it."""
+
+
+class Call:
+    """One call of ``chunked_rows`` that gives the values of some nodes of a program."""
+
+    def __init__(self, found: Translation, build: Builder, chunk_bytes: int | None) -> None:
+        self.found, self.build, self.chunk_bytes = found, build, chunk_bytes
+        self.flat = found.flat = Flat(found.rows, found.chosen, build)
+
+    def emit(self, roots: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """The new value of each root."""
+        found, build, body = self.found, self.build, self.found.body
+        hidden = [self.flat.hidden(p.hidden.build(build)) for p in found.products]
+        columns = [n for n in roots if n in found.values]
+        totals = [n for n in roots if n in found.totals]
+        results = [found.values[n] for n in columns]
+        sums = [self._sum(found.totals[n]) for n in totals]
+        smooth = [n in body.smooth for n in (*results, *sums)]
+        text = spell([*found.logits, *found.row_inputs, *found.whole_inputs], results, sums)
+        call = build(
+            chunked_rows,
+            hidden,
+            [p.weight.build(build) for p in found.products],
+            [self._cut(given) for given in found.row_inputs.values()],
+            [self._whole(given) for given in found.whole_inputs.values()],
+            text,
+            self.chunk_bytes or 0,
+            smooth,
+        )
+        items = [build.item(call, i) for i in range(len(smooth))]
+        made = {n: self._column(n, item) for n, item in zip(columns, items, strict=False)}
+        rest = zip(totals, items[len(columns) :], strict=True)
+        return made | {n: self._total(n, item) for n, item in rest}
+
+    def _sum(self, total: Total) -> fx.Node:
+        """The body's sum over rows of all terms."""
+        body, columns = self.found.body, []
+        for term in total.terms:
+            column = body.wide(self._only(term))
+            for factor in term.factors:
+                column = self._times(column, factor(self.build))
+            columns.append(column)
+        whole = columns[0]
+        for column in columns[1:]:
+            whole = body(aten.add.Tensor, whole, column)
+        return body(aten.sum.default, whole)
+
+    def _only(self, term: Term) -> fx.Node:
+        """A term's column, zero in rows that do not belong to it."""
+        if term.rows == self.found.chosen:
+            return term.column
+        body, mask = self.found.body, self.flat.mask(term.rows)
+        inside = body.input(f"rows_{len(self.found.row_inputs)}", mask, [SAMPLE])
+        self.found.row_inputs[inside] = RowInput(mask, WHOLE)
+        column = body(aten.unsqueeze.default, inside, 1)
+        return body(aten.where.ScalarOther, column, term.column, 0)
+
+    def _times(self, column: fx.Node, factor: Any) -> fx.Node:
+        if isinstance(factor, fx.Node) and not isinstance(val(factor), torch.Tensor):
+            device = val(column).device
+            kind = {"dtype": torch.float64, "device": device}
+            factor = self.build(aten.scalar_tensor.default, factor, **kind)
+        if isinstance(factor, fx.Node):
+            body = self.found.body.input(f"whole_{len(self.found.whole_inputs)}", factor, [])
+            self.found.whole_inputs[body] = factor
+            factor = body
+        return self.found.body(aten.mul.Tensor, column, factor)
+
+    def _cut(self, given: RowInput) -> fx.Node:
+        if given.node is None:
+            device = val(self.found.products[0].node).device
+            count = self.flat.count(self.found.chosen)
+            return self.build(aten.arange.default, count, device=device)
+        node, place = given.node, given.place
+        if place is WHOLE:
+            return node
+        if given.like is not None:
+            node = self.flat.expanded(node, place, given.like)
+        return self.flat.operand(node, place)
+
+    def _whole(self, given: Any) -> fx.Node:
+        """Without dims of one position."""
+        node: fx.Node = given if isinstance(given, fx.Node) else given(self.build)
+        ones = [d for d, size in enumerate(shape_of(node)) if size == 1]
+        return self.build(aten.squeeze.dims, node, ones) if ones else node
+
+    def _column(self, node: fx.Node, result: fx.Node) -> fx.Node:
+        """Values per row in the layout that the program had them in."""
+        (place,) = self.found.flow.places(node)
+        return self.flat.restored(result, place, shape_of(node))
+
+    def _total(self, node: fx.Node, total: fx.Node) -> fx.Node:
+        for valid in self.found.totals[node].valid:
+            total = self.build(aten.where.ScalarOther, valid(self.build), total, float("nan"))
+        if val(total).dtype != val(node).dtype:
+            total = self.build(aten._to_copy.default, total, dtype=val(node).dtype)
+        shape = shape_of(node)
+        return self.build(aten.reshape.default, total, [1] * len(shape)) if shape else total

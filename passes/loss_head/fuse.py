@@ -1,0 +1,192 @@
+"""A region that stands on large products becomes one operator over chunks of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import fx
+
+from graphopt.kernels.chunked_rows import allowed
+from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.loss_head import heads
+from graphopt.passes.loss_head.algebra import summarises
+from graphopt.passes.loss_head.call import Call
+from graphopt.passes.loss_head.prepare import SpellSummaries
+from graphopt.passes.loss_head.products import PRODUCTS, LargeProduct, large_products
+from graphopt.passes.loss_head.translate import Translation
+from graphopt.program import Program, val
+from graphopt.rewrite import (
+    Builder,
+    Candidate,
+    Example,
+    Match,
+    Numeric,
+    Pass,
+    Profit,
+    Refusal,
+    Rule,
+)
+
+aten = torch.ops.aten
+
+
+class FuseRowSummaries(Rule):
+    """``f(h W^T) = concat of f(h_c W^T)`` over chunks ``c`` of rows, for ``f`` acting on each row.
+
+    Milakov and Gimelshein 2018 for the log-sum-exp; Wijmans et al. 2024 (Cut Cross-Entropy) for
+    losses. Here any ``f`` whose operators act on rows one by one, found by following the row and
+    the class axis from the product to the row summaries.
+    """
+
+    profit = Profit.ALWAYS
+    numeric = Numeric.REASSOCIATED
+    benefit = 20
+
+    def __init__(self, min_bytes: int, chunk_bytes: int | None) -> None:
+        self.min_bytes, self.chunk_bytes = min_bytes, chunk_bytes
+
+    def prepare(self) -> Iterable[Pass]:
+        return (Canonicalize(), SpellSummaries())
+
+    def examples(self) -> Iterable[Example]:
+        return heads.examples()
+
+    def near_misses(self) -> Iterable[Example]:
+        return heads.near_misses()
+
+    def find(self, program: Program) -> Iterator[Candidate]:
+        large = [p for p in large_products(program) if p.bytes >= self.min_bytes]
+        large = [p for p in large if _is_head(p)]
+        for group in _groups(large):
+            yield Candidate(_match(program, group))
+
+    def check(self, match: Match) -> Refusal | None:
+        return match.get("refusal")
+
+    def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
+        values: dict[fx.Node, fx.Node] = {}
+        for found in match["translations"]:
+            roots = [n for n in match.roots if n in found.values or n in found.totals]
+            values |= Call(found, build, self.chunk_bytes).emit(roots)
+        return tuple(values[n] for n in match.roots)
+
+
+def _is_head(product: LargeProduct) -> bool:
+    """Whether the classes end in summaries, and in no further product: no inner layer is a head."""
+    ends, seen, queue = False, {product.node}, [product.node]
+    while queue:
+        for user in queue.pop().users:
+            if user.target in PRODUCTS:
+                return False
+            if summarises(user):
+                ends = True
+            elif user not in seen and user.op == "call_function":
+                seen.add(user)
+                queue.append(user)
+    return ends
+
+
+def drop_logits(program: Program, min_bytes: int) -> None:
+    """Return ``None`` in place of large products that nothing but the output needs whole."""
+    large = [p for p in large_products(program) if p.bytes >= min_bytes and _is_head(p)]
+    dropped: set[fx.Node] = set()
+    for group in _groups(large):
+        found = Translation(program, group)
+        if _refusal([found], outputs=False) is None:
+            dropped.update(n for n in found.values if found.is_matrix(n))
+    if not dropped:
+        return
+    node = program.output_node()
+    kept = tuple(None if value in dropped else value for value in program.results())
+    node.args = (kept,)
+    program.graph.eliminate_dead_code()
+    program.recompile()
+
+
+def _groups(large: Sequence[LargeProduct]) -> Iterator[list[LargeProduct]]:
+    """Products whose matrices meet (a student's and its teacher's) belong together."""
+    left = list(large)
+    while left:
+        group = [left.pop(0)]
+        while (other := next((p for p in left if _meet(group[0], p)), None)) is not None:
+            group.append(other)
+            left.remove(other)
+        yield group
+
+
+def _meet(one: LargeProduct, other: LargeProduct) -> bool:
+    """Whether something is computed from both, and neither from the other."""
+    if val(one.node).shape != val(other.node).shape or one.row_dims != other.row_dims:
+        return False
+    reached = [_reached(one.node), _reached(other.node)]
+    if other.node in reached[0] or one.node in reached[1]:
+        return False
+    size = val(one.node).numel()
+    shared = reached[0] & reached[1]
+    return any(
+        isinstance(fake := val(a), torch.Tensor) and fake.numel() == size
+        for node in shared
+        for a in node.all_input_nodes
+        if a in (reached[0] ^ reached[1])
+    )
+
+
+def _reached(node: fx.Node) -> set[fx.Node]:
+    seen, queue = {node}, [node]
+    while queue:
+        fresh = [u for u in queue.pop().users if u not in seen and u.op == "call_function"]
+        seen.update(fresh)
+        queue += fresh
+    return seen
+
+
+def _match(program: Program, group: Sequence[LargeProduct]) -> Match:
+    """The match of a group, rows being rows; where columns are summarised too, they are rows."""
+    translations = [Translation(program, group)]
+    turned = [p.turned for p in group]
+    refusal = _refusal(translations)
+    if refusal is not None and None not in turned:
+        both = [*translations, Translation(program, [t for t in turned if t is not None])]
+        if _refusal(both) is None:
+            translations, refusal = both, None
+    roots = _roots(translations)
+    first = group[0].node
+    if refusal is None and not roots:
+        refusal = Refusal("nothing is summarised per row", first)
+    if refusal is not None:
+        return Match(program, (first,), (first,), {"refusal": refusal})
+    inside = dict.fromkeys(n for t in translations for n in (*t.values, *t.totals))
+    bound = {"translations": translations}
+    return Match(program, tuple(roots), tuple(inside), bound)
+
+
+def _roots(translations: Sequence[Translation]) -> list[fx.Node]:
+    """Values inside that are read outside."""
+    inside = {n for t in translations for n in (*t.values, *t.totals)}
+    products = {p.node for t in translations for p in t.products}
+    read = (n for n in inside - products if any(u not in inside for u in n.users))
+    return sorted(n for n in read if not any(t.is_matrix(n) for t in translations))
+
+
+def _refusal(translations: Sequence[Translation], *, outputs: bool = True) -> Refusal | None:
+    """A matrix that is read outside, and why its reader is not inside.
+
+    Args:
+        outputs: whether the model's output counts as a reader.
+    """
+    inside = {n for t in translations for n in (*t.values, *t.totals)}
+    for node in {n: None for t in translations for n in t.values if t.is_matrix(n)}:
+        for user in node.users:
+            if user.op == "output":
+                if outputs:
+                    reason = f"`{node.name}` is an output of the model"
+                    return Refusal(reason, node, "FuseLossHead:drop_logits=True")
+            elif user not in inside and val(user) is not None:
+                why = translations[0].outside[user]
+                return Refusal(f"{why.reason}, so all of `{node.name}` is needed", why.node or user)
+    for t in translations:
+        for node in t.body.graph.nodes:
+            if node.op == "call_function" and not allowed(node.target):
+                return Refusal(f"{node.target} has no place in a body", t.products[0].node)
+    return None

@@ -1,0 +1,217 @@
+"""Heads that become one operator, and look-alikes that must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from graphopt.rewrite import Example
+
+CLASSES, WIDTH = 520, 12
+BATCH, TOKENS = 4, 65
+IGNORED = -100
+
+Function = Callable[..., Any]
+
+
+class Head(nn.Module):
+    """A head ``w (V, D)`` with what losses use besides: a teacher, class weights, a temperature."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+        self.w = nn.Parameter(torch.randn(CLASSES, WIDTH))
+        self.b = nn.Parameter(torch.randn(CLASSES))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("teacher", torch.randn(CLASSES, WIDTH))
+        self.register_buffer("weights", torch.rand(CLASSES) + 0.5)
+
+    def forward(self, h: Tensor, t: Tensor) -> Any:
+        return self.function(self, h, t)
+
+    def logits(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.w)
+
+    def taught(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            return F.linear(h * 0.9, self.teacher)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def loss(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(flat(x), t.reshape(-1), **options)
+
+
+def chosen(x: Tensor, t: Tensor) -> Tensor:
+    return x.log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze(-1)
+
+
+def shifted(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    return loss(m.logits(h)[:, :-1].float().contiguous(), t[:, 1:], ignore_index=3)
+
+
+def padded(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    return loss(m.logits(h), F.pad(t, (0, 1), value=IGNORED)[:, 1:], ignore_index=IGNORED)
+
+
+def with_z(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    x = m.logits(h)
+    return loss(x, t) + 1e-3 * x.logsumexp(-1).square().mean()
+
+
+def capped(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    return loss(30 * torch.tanh(F.linear(h, m.w, m.b) / 30), t)
+
+
+def weighted(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    keep = (t > 100).float()
+    each = F.cross_entropy(m.logits(h).mT, t, reduction="none")
+    return (each * keep).sum() / keep.sum()
+
+
+def with_accuracy(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    x = m.logits(h)
+    return loss(x, t), (x.argmax(-1) == t).float().mean()
+
+
+def of_other_rows(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    x = m.logits(h)
+    return loss(x[:, :-1], t[:, 1:]) + 1e-3 * x.logsumexp(-1).mean(), x.argmax(-1)
+
+
+def distilled(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    student, teacher = m.logits(h) / 2, m.taught(h) / 2
+    return F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum") * 4 / t.numel()
+
+
+def jensen_shannon(m: Head, h: Tensor, _: Tensor) -> Tensor:
+    p, q = m.logits(h).log_softmax(-1), m.taught(h).log_softmax(-1)
+    middle = torch.stack([p, q]).logsumexp(0) - 0.6931471805599453
+    sides = [F.kl_div(middle, x, reduction="none", log_target=True).sum(-1) for x in (p, q)]
+    return (0.5 * sides[0] + 0.5 * sides[1]).mean()
+
+
+def preferred(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Rafailov et al. 2023: the first half of the batch is preferred over the second."""
+    ratio = (chosen(m.logits(h), t) - chosen(m.taught(h), t)).sum(-1)
+    return -F.logsigmoid(0.1 * (ratio[:2] - ratio[2:])).mean()
+
+
+def policy(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Shao et al. 2024: clipped policy gradient on sampled tokens, with an entropy bonus."""
+    logs = m.logits(h).log_softmax(-1)
+    picked = logs.gather(-1, t.unsqueeze(-1)).squeeze(-1)
+    ratio, gain = (picked - picked.detach()).exp(), h[:, :1, 0].detach()
+    entropy = -(logs.exp() * logs).sum(-1)
+    return -(torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain) + 0.01 * entropy).mean()
+
+
+def contrastive(m: Head, h: Tensor, _: Tensor) -> Tensor:
+    """Radford et al. 2021: rows and columns both take part."""
+    left, right = F.normalize(flat(h), dim=-1), F.normalize(flat(h).flip(0) + 0.1, dim=-1)
+    x = m.scale.exp() * left @ right.T
+    places = torch.arange(x.shape[0])
+    return (F.cross_entropy(x, places) + F.cross_entropy(x.T, places)) / 2
+
+
+def sigmoid_pairs(m: Head, h: Tensor, _: Tensor) -> Tensor:
+    """Zhai et al. 2023."""
+    x = flat(h) @ flat(h.tanh()).T * m.scale.exp() - 1.0
+    return -F.logsigmoid(x * (2 * torch.eye(BATCH * TOKENS) - 1)).sum(-1).mean()
+
+
+def labelled_classes(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(m.logits(h), F.one_hot(t, CLASSES).float())
+
+
+def margin(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Wang et al. 2018: a margin on the cosine of the target."""
+    cosine = F.linear(F.normalize(h, dim=-1), F.normalize(m.w, dim=-1))
+    return loss(30.0 * (cosine - 0.3 * F.one_hot(t, CLASSES)), t)
+
+
+ROWS = {0: Dim("batch"), 1: Dim("tokens", min=2)}
+DYNAMIC = (ROWS, ROWS)
+
+HEADS: dict[str, Function] = {
+    "mean": lambda m, h, t: loss(m.logits(h), t),
+    "bias": lambda m, h, t: loss(F.linear(h, m.w, m.b), t),
+    "sum, upcast": lambda m, h, t: loss(m.logits(h).float(), t, reduction="sum"),
+    "class weights": lambda m, h, t: loss(m.logits(h), t, weight=m.weights),
+    "smoothed": lambda m, h, t: loss(m.logits(h), t, label_smoothing=0.1),
+    "token weights": weighted,
+    "capped, bias": capped,
+    "z": with_z,
+    "shifted": shifted,
+    "padded": padded,
+    "accuracy": with_accuracy,
+    "other rows": of_other_rows,
+    "last rows": lambda m, h, t: loss(m.logits(h)[:, -64:], t[:, -64:]),
+    "nll": lambda m, h, t: F.nll_loss(flat(m.logits(h)).log_softmax(-1), t.reshape(-1)),
+    "binary": labelled_classes,
+    "distilled": distilled,
+    "Jensen-Shannon": jensen_shannon,
+    "margin": margin,
+    "preferred": preferred,
+    "policy, entropy": policy,
+    "contrastive": contrastive,
+    "sigmoid pairs": sigmoid_pairs,
+    "einsum": lambda m, h, t: loss(torch.einsum("bsd,vd->bsv", h, m.w), t),
+    "by index": lambda m, h, t: (
+        -flat(m.logits(h)).log_softmax(-1)[torch.arange(t.numel()), t.reshape(-1)].mean()
+    ),
+}
+STATIC = frozenset({"contrastive", "sigmoid pairs", "preferred", "last rows"})
+"""Heads whose sizes are written in the model, or whose slice demands a size."""
+
+
+def _inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(BATCH, TOKENS, WIDTH), torch.randint(0, CLASSES, (BATCH, TOKENS))
+
+
+def case(name: str, function: Function, **options: Any) -> Example:
+    return Example(name, lambda: Head(function), _inputs, **options)
+
+
+def examples() -> Iterator[Example]:
+    for name, function in HEADS.items():
+        yield case(name, function, training=True)
+        if name not in STATIC:
+            yield case(f"{name}, dynamic", function, training=True, dynamic_shapes=DYNAMIC)
+    yield case("in eval mode", HEADS["mean"])
+    yield case("two heads on one weight", _two, training=True, count=2)
+
+
+def _two(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    return loss(m.logits(h), t) + 0.3 * loss(m.logits(h.tanh()), t)
+
+
+def _returned(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    x = m.logits(h)
+    return loss(x, t), x
+
+
+def _over_rows(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    x = m.logits(h)
+    return loss(x - x.mean((0, 1)), t)
+
+
+def _shorter(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    return -m.logits(h).log_softmax(-1).gather(-1, t[:2].unsqueeze(-1)).mean()
+
+
+def near_misses() -> Iterator[Example]:
+    yield case("returned", _returned, training=True, reason="output of the model")
+    yield case("mean over rows", _over_rows, training=True, reason="some of the rows")
+    yield case("fewer rows", _shorter, training=True, reason="fewer rows")
+    yield case("an inner layer", lambda m, h, _: m.logits(h).relu() @ m.w, training=True)
+    yield case("only returned", lambda m, h, _: m.logits(h).softmax(-1), training=True)
+    yield case("sorted rows", lambda m, h, _: m.logits(h).sort(1)[0].sum(-1), reason="all of")

@@ -1,0 +1,146 @@
+"""Matrix products whose output has a row axis and a class axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.kernels.chunked_rows import chunked_rows
+from graphopt.program import Program, val
+from graphopt.rewrite import Builder, arguments
+
+aten = torch.ops.aten
+
+PRODUCTS = frozenset(
+    {
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.bmm.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.convolution.default,
+        aten.einsum.default,
+        aten.linear.default,
+        aten.matmul.default,
+        aten.mm.default,
+        aten.scaled_dot_product_attention.default,
+        chunked_rows,
+    }
+)
+"""Operators that contract an axis of what they read."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``node.permute(order)``, its last dim contracted."""
+
+    node: fx.Node
+    order: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """All sizes but the contracted one."""
+        return tuple(val(self.node).shape[d] for d in self.order[:-1])
+
+    def build(self, build: Builder) -> fx.Node:
+        if self.order == tuple(range(len(self.order))):
+            return self.node
+        return build(aten.permute.default, self.node, list(self.order))
+
+
+@dataclass(frozen=True)
+class LargeProduct:
+    """``node = hidden weight^T [+ bias]``, ``hidden (*rows, D)`` and ``weight (V, D)``.
+
+    Attributes:
+        row_dims: the dims of ``node`` that are rows, in the order of ``hidden``.
+        class_dim: the dim of ``node`` that is the classes.
+        bias: ``(V,)``.
+    """
+
+    node: fx.Node
+    hidden: Factor
+    weight: Factor
+    row_dims: tuple[int, ...]
+    class_dim: int
+    bias: fx.Node | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the product for the example inputs."""
+        value = val(self.node)
+        return prod(map(_hint, value.shape)) * value.element_size()
+
+    @property
+    def turned(self) -> LargeProduct | None:
+        """The same product with rows and classes exchanged, where both are one dim."""
+        if len(self.row_dims) != 1 or self.bias is not None:
+            return None
+        (row,) = self.row_dims
+        turned = replace(self, hidden=self.weight, weight=self.hidden)
+        return replace(turned, row_dims=(self.class_dim,), class_dim=row)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def large_products(program: Program) -> Iterator[LargeProduct]:
+    """Every product of rows with one matrix, in graph order."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (found := _read(node)) is not None:
+            yield found
+
+
+def _read(node: fx.Node) -> LargeProduct | None:
+    given = arguments(node)
+    if node.target is aten.linear.default:
+        return _product(node, given["input"], given["weight"], False, given["bias"])
+    if node.target is aten.mm.default:
+        return _product(node, given["self"], given["mat2"], True)
+    if node.target is aten.matmul.default:
+        return _product(node, given["self"], given["other"], True)
+    if node.target is aten.addmm.default and given["beta"] == given["alpha"] == 1:
+        bias = given["self"]
+        flat = val(bias).dim() == 1
+        return _product(node, given["mat1"], given["mat2"], True, bias) if flat else None
+    if node.target is aten.einsum.default and len(given["tensors"]) == 2:
+        return _einsum(node, given["equation"].replace(" ", ""), *given["tensors"])
+    return None
+
+
+def _product(
+    node: fx.Node, left: fx.Node, right: fx.Node, as_columns: bool, bias: fx.Node | None = None
+) -> LargeProduct | None:
+    rank = val(left).dim()
+    if val(right).dim() != 2 or rank < 2 or not val(node).is_floating_point():
+        return None
+    weight = Factor(right, (1, 0) if as_columns else (0, 1))
+    hidden = Factor(left, tuple(range(rank)))
+    return LargeProduct(node, hidden, weight, tuple(range(rank - 1)), rank - 1, bias)
+
+
+def _einsum(node: fx.Node, equation: str, left: fx.Node, right: fx.Node) -> LargeProduct | None:
+    """``...d, vd -> ...v`` in any order of the letters, the class letter from either side."""
+    terms, arrow, result = equation.partition("->")
+    first, second = terms.split(",")
+    if not arrow or "." in equation or any(len(set(t)) < len(t) for t in (first, second, result)):
+        return None
+    if len(second) != 2:
+        first, second, left, right = second, first, right, left
+    inner = [c for c in first if c in second and c not in result]
+    rows = [c for c in first if c in result and c not in second]
+    classes = [c for c in second if c in result and c not in first]
+    if [len(inner), len(classes), len(second)] != [1, 1, 2] or len(rows) + 1 != len(first):
+        return None
+    hidden = Factor(left, tuple(first.index(c) for c in (*rows, *inner)))
+    weight = Factor(right, tuple(second.index(c) for c in (*classes, *inner)))
+    dims = tuple(result.index(c) for c in rows)
+    if not rows or not val(node).is_floating_point():
+        return None
+    return LargeProduct(node, hidden, weight, dims, result.index(classes[0]))

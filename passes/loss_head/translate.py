@@ -1,0 +1,274 @@
+"""The part of a program that stands on large products, spelled row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.analysis.axes import Placement, trace_axis
+from graphopt.errors import IllegalRewriteError
+from graphopt.passes.loss_head import bring
+from graphopt.passes.loss_head.algebra import handler_of
+from graphopt.passes.loss_head.body import SAMPLE, BodyGraph
+from graphopt.passes.loss_head.products import LargeProduct
+from graphopt.passes.loss_head.rows import Flat, RowInput, Rows, RowSet, shape_of
+from graphopt.passes.loss_head.totals import Build, Total, combined
+from graphopt.program import Program, operator_name, val
+from graphopt.rewrite import Builder, Refusal, arguments
+
+aten = torch.ops.aten
+
+
+class Translation:
+    """Nodes that depend on products which share rows and classes, translated as far as that goes.
+
+    Attributes:
+        values: program node -> body node ``(n, width)``, for every node inside.
+        totals: program node -> sum over all rows.
+        outside: nodes that depend on the products and are not inside, with the reason.
+        row_inputs, whole_inputs: body parameter -> what the program passes.
+    """
+
+    def __init__(self, program: Program, products: Sequence[LargeProduct]) -> None:
+        self.program, self.products = program, products
+        first, *others = products
+        shape = shape_of(first.node)
+        self.rows = Rows(tuple(shape[d] for d in first.row_dims))
+        self.flow = trace_axis(first.node, first.row_dims, {o.node: o.row_dims for o in others})
+        beside = {o.node: o.class_dim for o in others}
+        self.classes = trace_axis(first.node, first.class_dim, beside)
+        self.body = BodyGraph(program)
+        self.logits: list[fx.Node] = []
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.totals: dict[fx.Node, Total] = {}
+        self.outside: dict[fx.Node, Refusal] = {}
+        self.row_inputs: dict[fx.Node, RowInput] = {}
+        self.whole_inputs: dict[fx.Node, fx.Node | Build] = {}
+        self.flat: Flat | None = None
+        self.dependents = self._dependents()
+        self.chosen = self._choose()
+        self._translate()
+
+    # The axes.
+
+    def place(self, node: fx.Node) -> Placement | None:
+        """Where the rows live, if they do in one way."""
+        places = self.flow.places(node)
+        return places[0] if len(places) == 1 else None
+
+    def place_of(self, value: Any) -> Placement | None:
+        return self.place(value) if isinstance(value, fx.Node) else None
+
+    def row_dims(self, node: fx.Node) -> tuple[int, ...]:
+        place = self.place(node)
+        return () if place is None else place.dims
+
+    def width_dim(self, node: fx.Node) -> int | None:
+        """The dim of a tensor inside that is neither rows nor of one position."""
+        rows, shape = self.row_dims(node), shape_of(node)
+        classes = [p.dims[0] for p in self.classes.places(node) if p.dims]
+        wide = [d for d in range(len(shape)) if d not in rows and shape[d] != 1]
+        return next(iter(classes or wide), None)
+
+    def is_matrix(self, node: fx.Node) -> bool:
+        return bool(self.classes.places(node)) and bool(self.flow.places(node))
+
+    def late(self, node: fx.Node) -> bool:
+        """Whether a node depends on the products."""
+        return node in self.dependents or any(node is p.node for p in self.products)
+
+    def _dependents(self) -> dict[fx.Node, None]:
+        seen = {p.node for p in self.products}
+        found: dict[fx.Node, None] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "call_function" and not seen.isdisjoint(node.all_input_nodes):
+                seen.add(node)
+                found[node] = None
+        return found
+
+    def _choose(self) -> RowSet:
+        """The rows that every summary reads where they are the same; else all rows."""
+        read = {
+            self.rows.held(place)
+            for node in self.classes.ends
+            for operand in node.all_input_nodes
+            if self.is_matrix(operand) and (place := self.place(operand)) is not None
+        }
+        only = read.pop() if len(read) == 1 else None
+        return only or self.rows.every
+
+    # The nodes.
+
+    def _translate(self) -> None:
+        for i, product in enumerate(self.products):
+            classes = val(product.node).shape[product.class_dim]
+            logits = self.body.product(f"logits_{i}", product.node, classes)
+            self.logits.append(logits)
+            self.values[product.node] = logits
+            if product.bias is not None and isinstance(b := self.whole(product.bias), fx.Node):
+                self.values[product.node] = self.body(aten.add.Tensor, logits, b)
+        for node in self.dependents:
+            if (reason := self._visit(node)) is not None:
+                self.outside[node] = reason
+
+    def _visit(self, node: fx.Node) -> Refusal | None:
+        """Translate a node if that is possible; otherwise say why not."""
+        if any(a in self.totals for a in node.all_input_nodes):
+            total = combined(node, self.totals, self.late)
+            if total is None:
+                return Refusal("it is computed from a sum over all rows", node)
+            self.totals[node] = total
+            return None
+        if late := next((a for a in node.all_input_nodes if a in self.outside), None):
+            return Refusal(f"`{late.name}` is computed outside", late)
+        if node in self.flow.unknown:
+            return Refusal(self.flow.unknown[node].reason, node)
+        handler = handler_of(node)
+        if handler is None:
+            return Refusal(f"{operator_name(node.target)} does not act on rows one by one", node)
+        try:
+            found = handler(self, node, arguments(node))
+        except IllegalRewriteError as error:
+            return Refusal(error.what, node)
+        if isinstance(found, Refusal):
+            return found
+        if isinstance(found, Total):
+            self.totals[node] = found
+            return None
+        if isinstance(val(node), torch.Tensor) and (refusal := self._misplaced(node)):
+            return refusal
+        self.values[node] = found
+        return None
+
+    def _misplaced(self, node: fx.Node) -> Refusal | None:
+        """Refuse a value whose rows or classes are no longer one axis each."""
+        place, classes = self.place(node), self.classes.places(node)
+        if place is None or self.rows.held(place) is None:
+            mix = self.flow.mixes.get(node)
+            return Refusal(mix.reason if mix else "its rows are laid out in another way", node)
+        if len(classes) > 1 or any(p.dim is None and not p.pinned for p in classes):
+            return Refusal("the classes are split over several axes", node)
+        if node in self.classes.unknown:
+            return Refusal(self.classes.unknown[node].reason, node)
+        return None
+
+    # What handlers use.
+
+    def rows_of(self, node: fx.Node) -> RowSet:
+        """The rows that a value inside holds."""
+        place = self.place(node)
+        held = self.rows.held(place) if place is not None else None
+        assert held is not None
+        return held
+
+    def count(self, rows: RowSet) -> Any:
+        """The number of rows in a set, once the operator is being built."""
+        assert self.flat is not None
+        return self.flat.count(rows)
+
+    def operand(self, value: fx.Node, at: fx.Node) -> fx.Node | Refusal:
+        """An operand of an elementwise operator ``at``: inside, or brought in."""
+        place = self.place(at)
+        shift = val(at).dim() - val(value).dim() if isinstance(val(value), torch.Tensor) else 0
+        if place is None:
+            return Refusal("rows meet other rows", at)
+        if value in self.values:
+            mine = self.place(value)
+            if mine is None or mine.moved({d: d + shift for d in mine.dims}) != place:
+                return Refusal(f"rows of `{value.name}` meet other rows", at)
+            return self.values[value]
+        return bring.entered(self, value, place, at, shift)
+
+    def beside(
+        self, value: fx.Node, main: fx.Node, at: fx.Node, without: int | None = None
+    ) -> fx.Node | Refusal:
+        """A tensor with the dims of ``main`` (or all but one) that is read beside its rows."""
+        place = self.place(main)
+        assert place is not None
+        dims = {d: d - (without is not None and d > without) for d in range(val(main).dim())}
+        there = place.moved({d: k for d, k in dims.items() if d != without})
+        if value in self.values:
+            fits = self.place(value) == there
+            return self.values[value] if fits else Refusal("its rows are others", value)
+        if len(there.legs) != len(place.legs):
+            return Refusal(f"`{value.name}` has only some of the row axes", at)
+        return self.row_input(RowInput(value, there))
+
+    def only_classes(self, node: fx.Node, dims: set[int]) -> Refusal | None:
+        """Refuse an operator that does not act along the classes alone, and all of them."""
+        main: Any = node.args[0]
+        width = self.width_dim(main)
+        if dims & set(self.row_dims(main)):
+            return Refusal(f"{operator_name(node.target)} mixes rows", node)
+        if width is not None and width not in dims:
+            return Refusal(f"{operator_name(node.target)} acts on another axis", node)
+        return None
+
+    def whole(self, value: fx.Node) -> fx.Node | Refusal:
+        """A tensor without rows: one number, or one per class."""
+        if self.late(value):
+            return Refusal(f"`{value.name}` depends on all rows", value)
+        known = next((b for b, source in self.whole_inputs.items() if source is value), None)
+        if known is not None:
+            return known
+        fake, shape = val(value), shape_of(value)
+        sizes = [fake.shape[d] for d in range(len(shape)) if shape[d] != 1]
+        made = self.body.input(f"whole_{len(self.whole_inputs)}", value, sizes)
+        self.whole_inputs[made] = value
+        return made
+
+    def row_input(self, given: RowInput) -> fx.Node | Refusal:
+        """A tensor that is cut into rows with the products."""
+        value, place = given.node, given.place
+        if value is None:
+            return self._index_of_rows(given)
+        if self.late(value):
+            return Refusal(f"`{value.name}` depends on other rows", value)
+        held = self.rows.held(place)
+        if held is None or (held != self.chosen and self.chosen != self.rows.every):
+            return Refusal(f"`{value.name}` stands beside rows that are not read", value)
+        known = next((b for b, other in self.row_inputs.items() if other == given), None)
+        if known is None:
+            known = self.body.input(
+                f"rows_{len(self.row_inputs)}", value, [SAMPLE, *self._rest(given)]
+            )
+            self.row_inputs[known] = given
+        return known if val(known).dim() > 1 else self.body(aten.unsqueeze.default, known, 1)
+
+    def indices(self, place: Placement) -> tuple[fx.Node, fx.Node]:
+        """The index of each row ``(n, 1)`` and of each class ``(V,)``."""
+        rows = self.row_input(RowInput(None, place))
+        assert isinstance(rows, fx.Node)
+        product = self.products[0]
+        classes = val(product.node).shape[product.class_dim]
+
+        def build(builder: Builder) -> Any:
+            size = builder.size(product.node, product.class_dim)
+            return builder(aten.arange.default, size, device=val(product.node).device)
+
+        made = self._index(f"whole_{len(self.whole_inputs)}", [classes])
+        self.whole_inputs[made] = build
+        return rows, made
+
+    def _index_of_rows(self, given: RowInput) -> fx.Node:
+        made = self._index(f"rows_{len(self.row_inputs)}", [SAMPLE])
+        self.row_inputs[made] = given
+        return self.body(aten.unsqueeze.default, made, 1)
+
+    def _index(self, name: str, sizes: list[Any]) -> fx.Node:
+        made = self.body.input(name, self.products[0].node, sizes)
+        made.meta["val"] = made.meta["val"].to(torch.int64)
+        return made
+
+    def _rest(self, given: RowInput) -> list[Any]:
+        """Sizes of an input's dims that are no rows."""
+        assert given.node is not None
+        shape, shift = shape_of(given.node), 0
+        if given.like is not None:
+            shift = val(given.like).dim() - len(shape)
+        dims = range(len(shape))
+        wide = [d for d in dims if d + shift not in given.place.dims and shape[d] != 1]
+        return [val(given.node).shape[d] for d in wide]
