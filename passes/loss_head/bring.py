@@ -58,6 +58,8 @@ def _made(
         return entered(t, source, place, at, shift + val(value).dim() - val(source).dim())
     if value.target is aten.eye.default:
         return _diagonal(t, value, place)
+    if value.target is aten.one_hot.default:
+        return _one_hot(t, value, place, shift)
     rule = rule_of(value.target) if value.op == "call_function" else None
     if rule not in (pointwise.elementwise, pointwise.same):
         return None
@@ -77,10 +79,24 @@ def _made(
     return refusals[0] if refusals else t.body(value.target, *args, **kwargs)
 
 
+def _one_hot(t: Translation, value: fx.Node, place: Placement, shift: int) -> Found | None:
+    """``one_hot(labels)``: where the label is the class."""
+    labels: Any = value.args[0]
+    dims = {d: d - shift for d in place.dims}
+    if set(dims.values()) != set(range(val(labels).dim())) or t.late(labels):
+        return None
+    column = t.row_input(RowInput(labels, place.moved(dims)))
+    if isinstance(column, Refusal):
+        return column
+    same = t.body(aten.eq.Tensor, column, t.class_indices())
+    return t.body(aten._to_copy.default, same, dtype=val(value).dtype)
+
+
 def _diagonal(t: Translation, value: fx.Node, place: Placement) -> Found | None:
     """``eye(n)``: where the row's index is the class's."""
     if t.rows.held(place) != t.rows.every or t.chosen != t.rows.every or len(place.legs) != 1:
         return None
-    rows, classes = t.indices(place)
-    same = t.body(aten.eq.Tensor, rows, classes)
+    rows = t.row_input(RowInput(None, place))
+    assert isinstance(rows, fx.Node)
+    same = t.body(aten.eq.Tensor, rows, t.class_indices())
     return t.body(aten._to_copy.default, same, dtype=val(value).dtype)

@@ -238,10 +238,8 @@ class Translation:
             self.row_inputs[known] = given
         return known if val(known).dim() > 1 else self.body(aten.unsqueeze.default, known, 1)
 
-    def indices(self, place: Placement) -> tuple[fx.Node, fx.Node]:
-        """The index of each row ``(n, 1)`` and of each class ``(V,)``."""
-        rows = self.row_input(RowInput(None, place))
-        assert isinstance(rows, fx.Node)
+    def class_indices(self) -> fx.Node:
+        """The index of each class, ``(V,)``."""
         product = self.products[0]
         classes = val(product.node).shape[product.class_dim]
 
@@ -251,7 +249,7 @@ class Translation:
 
         made = self._index(f"whole_{len(self.whole_inputs)}", [classes])
         self.whole_inputs[made] = build
-        return rows, made
+        return made
 
     def _index_of_rows(self, given: RowInput) -> fx.Node:
         made = self._index(f"rows_{len(self.row_inputs)}", [SAMPLE])

@@ -69,7 +69,9 @@ REFUSED_OPERATORS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("target", REFUSED_OPERATORS, ids=str)
+@pytest.mark.parametrize(
+    "target", REFUSED_OPERATORS, ids=lambda t: t if isinstance(t, str) else t.__name__
+)
 def test_operators_that_are_not_allowed(target: object) -> None:
     assert not allowed(target)
 
