@@ -14,7 +14,7 @@ from pathlib import Path
 
 from graphopt.recipe import environment
 
-NAMES = ("import_time", "optimize_cost", "depth", "minilm", "resnet20")
+NAMES = ("import_time", "optimize_cost", "depth", "minilm", "resnet20", "loss_heads")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -156,6 +156,7 @@ def _record(
     for rewrite in outcome.log.rewrites:
         verdict = outcome.verdicts[rewrite.key]
         report.applied.append(_applied(step, rewrite, verdict, digest))
+        report.notes += [rewrite.remark] if rewrite.remark else []
     for verdict in rejected.values():
         report.missed.append(_taken_back(step, verdict))
     for missed in outcome.log.missed.values():

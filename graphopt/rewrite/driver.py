@@ -38,6 +38,7 @@ class Rewrite:
     Attributes:
         key: rule name and root names; the same in every copy of the program.
         before, after: the two subgraphs over the same boundary, for verification and timing.
+        remark: what the rule says it gained.
     """
 
     rule: Rule
@@ -47,6 +48,7 @@ class Rewrite:
     removed: tuple[str, ...]
     added: tuple[str, ...]
     source: str | None
+    remark: str = ""
 
 
 @dataclass
@@ -171,6 +173,7 @@ def _cycle(match: Match, order: Mapping[fx.Node, int]) -> Refusal | None:
 
 def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | None:
     build = Builder(program, match.root, rule.name, folds=rule.folds)
+    remark = rule.remark(match)
     before = extract(program, list(match.roots), set(match.nodes))
     try:
         made = rule.rewrite(match, build)
@@ -195,6 +198,7 @@ def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | No
             tuple(n.name for n in match.nodes),
             tuple(n.name for n in build.new_nodes),
             source_line(match.root),
+            remark,
         )
     )
     return None

@@ -107,6 +107,10 @@ class Rule:
         """Build the replacement; returns one node per root."""
         raise NotImplementedError(f"{self.name} has no rewrite")
 
+    def remark(self, match: Match) -> str:  # noqa: ARG002
+        """A sentence on what the rewrite of a match gains, for the report's notes."""
+        return ""
+
     def prepare(self) -> Iterable[Pass]:
         """Passes that must run before this rule's examples (such as canonicalization)."""
         return ()

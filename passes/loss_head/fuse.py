@@ -27,6 +27,7 @@ from graphopt.rewrite import (
     Refusal,
     Rule,
 )
+from graphopt.source import source_line
 
 aten = torch.ops.aten
 
@@ -63,6 +64,14 @@ class FuseRowSummaries(Rule):
 
     def check(self, match: Match) -> Refusal | None:
         return match.get("refusal")
+
+    def remark(self, match: Match) -> str:
+        """Bytes of the products, for the example inputs, that are never held."""
+        products = {p.node: p for t in match["translations"] for p in t.products}
+        names = " and ".join(f"`{node.name}`" for node in products)
+        size = sum(p.bytes for p in products.values()) / 2**20
+        line = source_line(next(iter(products)))
+        return f"{names} of {size:.3g} MiB{f' ({line})' if line else ''} is never held whole"
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         values: dict[fx.Node, fx.Node] = {}

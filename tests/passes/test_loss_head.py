@@ -80,6 +80,13 @@ def test_no_head_holds_its_product(name: str) -> None:
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_the_report_says_what_is_saved() -> None:
+    model = Head(lambda m, h, t: F.cross_entropy(m.logits(h).flatten(0, 1), t.flatten())).train()
+    (note,) = [n for n in fused(model, *inputs()).report.notes if "held" in n]
+    size = BATCH * TOKENS * CLASSES * 4 / 2**20
+    assert note.startswith(f"`linear` of {size:.3g} MiB (") and "test_loss_head.py:" in note
+
+
 def test_a_chunk_takes_the_memory_it_was_given() -> None:
     model, args = Head(HEADS["mean"]).train(), inputs()
     peaks = []

@@ -1,0 +1,146 @@
+"""Cross entropy on large logits: memory and time of a step, forward and backward, interleaved.
+
+Bound: three matrix products of 2 N D V FLOPs (forward, and the gradients of both factors), at the
+rate measured here for each of the three shapes. Memory is what allocators were asked for at once
+beyond the inputs; the gradients of both factors are in it. Peers: eager, torch.compile, torch's own
+``F.linear_cross_entropy`` with chunks, and Inductor's auto_chunker, forced to work.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import graphopt
+
+ROUNDS = 5
+SETUPS = {
+    "N=2048 D=512 V=32000 float32": (2048, 512, 32000, torch.float32),
+    "N=2048 D=512 V=32000 bfloat16": (2048, 512, 32000, torch.bfloat16),
+    "SmolLM2-135M's head, 2048 tokens, float32": (2048, 576, 49152, torch.float32),
+}
+
+Step = Callable[[], Tensor]
+
+
+class Head(nn.Module):
+    def __init__(self, width: int, classes: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, width, dtype=dtype) * width**-0.5)
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, self.weight).float(), targets)
+
+
+def run(_data: Path | None) -> dict[str, object]:
+    torch.set_num_threads(2)
+    return {name: _setup(*sizes) for name, sizes in SETUPS.items()}
+
+
+def _setup(rows: int, width: int, classes: int, dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(0)
+    head = Head(width, classes, dtype).train()
+    hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, classes, (rows,))
+    exact = float(_exact(hidden, head.weight, targets))
+    steps = {n: partial(_step, c, head, hidden) for n, c in _peers(head, hidden, targets).items()}
+    found = {name: _measured(step, exact) for name, step in steps.items()}
+    times = _interleaved({n: s for n, s in steps.items() if "error" not in found[n]})
+    for name, seconds in times.items():
+        found[name] |= {
+            "median_s": round(statistics.median(seconds), 3),
+            "min_s": round(min(seconds), 3),
+        }
+    bound = _bound(hidden, head.weight)
+    return {"three products_s": round(bound, 3), "logits_MiB": _mib(rows * classes * 4), **found}
+
+
+def _peers(head: Head, hidden: Tensor, targets: Tensor) -> dict[str, Step]:
+    fast = graphopt.compile(head, example_inputs=(hidden, targets))
+    chunks = nn.LinearCrossEntropyOptions()
+    own = partial(F.linear_cross_entropy, hidden, head.weight, targets, options=chunks)
+    return {
+        "eager": partial(head, hidden, targets),
+        "torch.compile": partial(torch.compile(head), hidden, targets),
+        "F.linear_cross_entropy, chunked": own,
+        "auto_chunker": partial(_chunked_by_inductor(head), hidden, targets),
+        "graphopt": partial(fast, hidden, targets),
+    }
+
+
+def _chunked_by_inductor(head: Head) -> Callable[..., Tensor]:
+    """Inductor's own chunking is off by default and asks for larger ratios than these."""
+    options = {
+        "auto_chunker.enable": True,
+        "auto_chunker.amplify_ratio_threshold": 2,
+        "auto_chunker.num_chunk": 8,
+    }
+    torch._dynamo.reset()
+    compiled: Callable[..., Tensor] = torch.compile(head, options=options)
+    return compiled
+
+
+def _step(loss: Step, head: Head, hidden: Tensor) -> Tensor:
+    head.weight.grad = hidden.grad = None
+    value = loss()
+    value.backward()
+    return value.detach()
+
+
+def _exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    parts = [
+        F.cross_entropy(h.double() @ weight.double().T, t, reduction="sum")
+        for h, t in zip(hidden.detach().split(128), targets.split(128), strict=True)
+    ]
+    return torch.stack([p.detach() for p in parts]).sum() / len(targets)
+
+
+def _measured(step: Step, exact: float) -> dict[str, Any]:
+    try:
+        value = float(step())
+    except Exception as error:  # a peer that fails is a result
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(accumulate(n for _, n in changes))
+    return {"extra_MiB": _mib(peak), "loss_error": abs(value - exact) / exact}
+
+
+def _interleaved(steps: dict[str, Step]) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _bound(hidden: Tensor, weight: Tensor) -> float:
+    """Seconds of the three products, each the fastest of three runs, a quarter of the rows."""
+    h, w = hidden.detach()[: len(hidden) // 4], weight.detach()
+    slope = h @ w.T
+    products = (lambda: h @ w.T, lambda: slope @ w, lambda: slope.T @ h)
+    return 4 * sum(min(_seconds(p) for _ in range(3)) for p in products)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)
