@@ -6,6 +6,7 @@ mean over all tokens), or a `Refusal`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -49,6 +50,8 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 def handler_of(node: fx.Node) -> Handler | None:
     """The handler for an operator; elementwise ones share theirs."""
+    if node.target is operator.getitem:
+        return item
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     name = node.target._schema.name.removeprefix("aten::")
@@ -98,6 +101,8 @@ def converted(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
     value = t.operand(main, node)
     if isinstance(value, Refusal):
         return value
+    if val(main).device != val(node).device:
+        return Refusal("it moves rows to another device", node)
     if node.target is aten.detach.default:
         return t.body(aten.detach.default, value)
     if val(main).dtype == val(node).dtype:
@@ -108,17 +113,20 @@ def converted(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
 def viewed(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
     """Nothing, or a slice of the classes."""
     main = given["self"]
-    before, after = t.classes.places(main), t.classes.places(node)
-    if len(before) != 1 or len(after) != 1:
+    if t.width(main) == t.width(node):
         return t.values[main]
-    (old,), (new,) = before, after
-    if len(old.legs) == len(new.legs) == 1 and old.legs[0].size != new.legs[0].size:
-        start, size = new.start, new.legs[0].size
-        if isinstance(start, int) and isinstance(old.start, int) and isinstance(size, int):
-            first = start - old.start
-            return t.body(aten.slice.Tensor, t.values[main], 1, first, first + size)
-        return Refusal("a slice of the classes has a symbolic size", node)
-    return t.values[main]
+    before, after = t.classes.places(main), t.classes.places(node)
+    if [len(p.legs) for p in (*before, *after)] != [1, 1]:
+        return Refusal("it repeats or cuts what belongs to a row", node)
+    first, size = after[0].start - before[0].start, after[0].legs[0].size
+    if not isinstance(first, int) or not isinstance(size, int) or after[0].legs[0].step != 1:
+        return Refusal("it takes classes apart", node)
+    return t.body(aten.slice.Tensor, t.values[main], 1, first, first + size)
+
+
+def item(t: Translation, node: fx.Node, _given: dict[str, Any]) -> Found:
+    """One of several results."""
+    return t.body(operator.getitem, t.values[node.args[0]], node.args[1])
 
 
 @handles("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "flip")
@@ -176,6 +184,22 @@ def summarised(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
     return t.body(aten.unsqueeze.default, made, 1)
 
 
+@handles("topk", "sort")
+def ranked(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
+    """Values and places of each row's classes, in the order of the values."""
+    if refusal := t.only_classes(node, _dims(node, given["dim"])):
+        return refusal
+    return _called(t, node, {**given, "self": t.values[given["self"]], "dim": 1})
+
+
+def _called(t: Translation, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    """The operator of a node on other arguments."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    keywords = {a.name for a in schema.arguments if a.kwarg_only}
+    args = [v for k, v in given.items() if k not in keywords]
+    return t.body(node.target, *args, **{k: v for k, v in given.items() if k in keywords})
+
+
 def _dtype(given: dict[str, Any]) -> dict[str, Any]:
     return {"dtype": given["dtype"]} if given.get("dtype") is not None else {}
 
@@ -220,10 +244,10 @@ def class_loss(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | 
     rest = [given["ignore_index"]]
     if node.target is aten.cross_entropy_loss.default:
         rest.append(given["label_smoothing"])
-        operator: Any = aten.cross_entropy_loss.default
+        target_op: Any = aten.cross_entropy_loss.default
     else:
-        operator = aten.nll_loss.default
-    loss = t.body(operator, t.values[main], placed, heavy, 0, *rest)
+        target_op = aten.nll_loss.default
+    loss = t.body(target_op, t.values[main], placed, heavy, 0, *rest)
     column = t.body(aten.unsqueeze.default, loss, 1)
     if given["reduction"] == 0:
         return column
@@ -274,12 +298,7 @@ def elementwise_loss(t: Translation, node: fx.Node, given: dict[str, Any]) -> Fo
     for name in ("self", "target"):
         values[name] = t.body(aten.expand_as.default, values[name], t.values[at])
     values["reduction"] = 0
-    keyword = {a.name for a in node.target._schema.arguments if a.kwarg_only}  # type: ignore[union-attr]
-    each = t.body(
-        node.target,
-        *(v for k, v in values.items() if k not in keyword),
-        **{k: v for k, v in values.items() if k in keyword},
-    )
+    each = _called(t, node, values)
     if given["reduction"] == 0:
         return each
     target = aten.mean.dim if given["reduction"] == 1 else aten.sum.dim_IntList

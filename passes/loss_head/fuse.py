@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import fx
 
+from graphopt.analysis.axis_rules.sizes import product
 from graphopt.kernels.chunked_rows import allowed
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.loss_head import heads
@@ -14,6 +15,7 @@ from graphopt.passes.loss_head.algebra import summarises
 from graphopt.passes.loss_head.call import Call
 from graphopt.passes.loss_head.prepare import SpellSummaries
 from graphopt.passes.loss_head.products import PRODUCTS, LargeProduct, large_products
+from graphopt.passes.loss_head.rows import shape_of
 from graphopt.passes.loss_head.translate import Translation
 from graphopt.program import Program, val
 from graphopt.rewrite import (
@@ -81,9 +83,14 @@ class FuseRowSummaries(Rule):
         return tuple(values[n] for n in match.roots)
 
 
-def _is_head(product: LargeProduct) -> bool:
+def _is_large(found: Translation, node: fx.Node) -> bool:
+    """Whether a value inside cannot be a result: a matrix, or several values as one."""
+    return found.is_matrix(node) or not isinstance(val(node), torch.Tensor)
+
+
+def _is_head(head: LargeProduct) -> bool:
     """Whether the classes end in summaries, and in no further product: no inner layer is a head."""
-    ends, seen, queue = False, {product.node}, [product.node]
+    ends, seen, queue = False, {head.node}, [head.node]
     while queue:
         for user in queue.pop().users:
             if user.target in PRODUCTS:
@@ -126,15 +133,15 @@ def _groups(large: Sequence[LargeProduct]) -> Iterator[list[LargeProduct]]:
 
 def _meet(one: LargeProduct, other: LargeProduct) -> bool:
     """Whether something is computed from both, and neither from the other."""
-    if val(one.node).shape != val(other.node).shape or one.row_dims != other.row_dims:
+    shape = shape_of(one.node)
+    if shape != shape_of(other.node) or one.row_dims != other.row_dims:
         return False
     reached = [_reached(one.node), _reached(other.node)]
     if other.node in reached[0] or one.node in reached[1]:
         return False
-    size = val(one.node).numel()
     shared = reached[0] & reached[1]
     return any(
-        isinstance(fake := val(a), torch.Tensor) and fake.numel() == size
+        isinstance(val(a), torch.Tensor) and product(shape_of(a)) == product(shape)
         for node in shared
         for a in node.all_input_nodes
         if a in (reached[0] ^ reached[1])
@@ -175,7 +182,9 @@ def _roots(translations: Sequence[Translation]) -> list[fx.Node]:
     inside = {n for t in translations for n in (*t.values, *t.totals)}
     products = {p.node for t in translations for p in t.products}
     read = (n for n in inside - products if any(u not in inside for u in n.users))
-    return sorted(n for n in read if not any(t.is_matrix(n) for t in translations))
+    return sorted(
+        n for n in read if not any(_is_large(t, n) for t in translations if n in t.values)
+    )
 
 
 def _refusal(translations: Sequence[Translation], *, outputs: bool = True) -> Refusal | None:
@@ -185,7 +194,7 @@ def _refusal(translations: Sequence[Translation], *, outputs: bool = True) -> Re
         outputs: whether the model's output counts as a reader.
     """
     inside = {n for t in translations for n in (*t.values, *t.totals)}
-    for node in {n: None for t in translations for n in t.values if t.is_matrix(n)}:
+    for node in {n: None for t in translations for n in t.values if _is_large(t, n)}:
         for user in node.users:
             if user.op == "output":
                 if outputs:

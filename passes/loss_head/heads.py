@@ -165,6 +165,8 @@ HEADS: dict[str, Function] = {
     "contrastive": contrastive,
     "sigmoid pairs": sigmoid_pairs,
     "einsum": lambda m, h, t: loss(torch.einsum("bsd,vd->bsv", h, m.w), t),
+    "best of each": lambda m, h, _: m.logits(h).topk(3, -1)[0].logsumexp(-1).mean(),
+    "padded classes": lambda m, h, t: loss(m.logits(h)[..., :512], t % 512),
     "by index": lambda m, h, t: (
         -flat(m.logits(h)).log_softmax(-1)[torch.arange(t.numel()), t.reshape(-1)].mean()
     ),
@@ -187,6 +189,7 @@ def examples() -> Iterator[Example]:
         if name not in STATIC:
             yield case(f"{name}, dynamic", function, training=True, dynamic_shapes=DYNAMIC)
     yield case("in eval mode", HEADS["mean"])
+    yield case("repeated summary", _repeated, training=True)
     yield case("two heads on one weight", _two, training=True, count=2)
 
 
@@ -204,6 +207,20 @@ def _over_rows(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return loss(x - x.mean((0, 1)), t)
 
 
+def _repeated(m: Head, h: Tensor, _: Tensor) -> Tensor:
+    """A summary that is repeated counts as often."""
+    highest = m.logits(h).amax(-1, keepdim=True)
+    return highest.expand(-1, -1, 3).sum(-1).square().mean()
+
+
+def _summary_first(m: Head, h: Tensor, _: Tensor) -> Tensor:
+    return m.logits(h).mT.topk(3, 1)[0] * 2
+
+
+def _split(m: Head, h: Tensor, _: Tensor) -> Tensor:
+    return m.logits(h).unflatten(-1, (2, -1)).amax(-1)
+
+
 def _shorter(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return -m.logits(h).log_softmax(-1).gather(-1, t[:2].unsqueeze(-1)).mean()
 
@@ -212,6 +229,8 @@ def near_misses() -> Iterator[Example]:
     yield case("returned", _returned, training=True, reason="output of the model")
     yield case("mean over rows", _over_rows, training=True, reason="some of the rows")
     yield case("fewer rows", _shorter, training=True, reason="fewer rows")
+    yield case("split classes", _split, reason="split")
+    yield case("summary first", _summary_first, training=True, reason="share an axis")
     yield case("an inner layer", lambda m, h, _: m.logits(h).relu() @ m.w, training=True)
     yield case("only returned", lambda m, h, _: m.logits(h).softmax(-1), training=True)
     yield case("sorted rows", lambda m, h, _: m.logits(h).sort(1)[0].sum(-1), reason="all of")

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from graphopt.analysis.axes import Placement, trace_axis
+from graphopt.analysis.axis_rules.sizes import Size, product
 from graphopt.errors import IllegalRewriteError
 from graphopt.passes.loss_head import bring
 from graphopt.passes.loss_head.algebra import handler_of
@@ -73,6 +74,11 @@ class Translation:
         wide = [d for d in range(len(shape)) if d not in rows and shape[d] != 1]
         return next(iter(classes or wide), None)
 
+    def width(self, node: fx.Node) -> Size:
+        """Numbers that a value inside has per row."""
+        rows = self.row_dims(node)
+        return product(size for d, size in enumerate(shape_of(node)) if d not in rows)
+
     def is_matrix(self, node: fx.Node) -> bool:
         return bool(self.classes.places(node)) and bool(self.flow.places(node))
 
@@ -103,13 +109,13 @@ class Translation:
     # The nodes.
 
     def _translate(self) -> None:
-        for i, product in enumerate(self.products):
-            classes = val(product.node).shape[product.class_dim]
-            logits = self.body.product(f"logits_{i}", product.node, classes)
+        for i, each in enumerate(self.products):
+            classes = val(each.node).shape[each.class_dim]
+            logits = self.body.product(f"logits_{i}", each.node, classes)
             self.logits.append(logits)
-            self.values[product.node] = logits
-            if product.bias is not None and isinstance(b := self.whole(product.bias), fx.Node):
-                self.values[product.node] = self.body(aten.add.Tensor, logits, b)
+            self.values[each.node] = logits
+            if each.bias is not None and isinstance(b := self.whole(each.bias), fx.Node):
+                self.values[each.node] = self.body(aten.add.Tensor, logits, b)
         for node in self.dependents:
             if (reason := self._visit(node)) is not None:
                 self.outside[node] = reason
@@ -149,11 +155,21 @@ class Translation:
         if place is None or self.rows.held(place) is None:
             mix = self.flow.mixes.get(node)
             return Refusal(mix.reason if mix else "its rows are laid out in another way", node)
+        if self._mixed(node, place):
+            return Refusal("rows share an axis with something else", node)
         if len(classes) > 1 or any(p.dim is None and not p.pinned for p in classes):
             return Refusal("the classes are split over several axes", node)
         if node in self.classes.unknown:
             return Refusal(self.classes.unknown[node].reason, node)
         return None
+
+    def _mixed(self, node: fx.Node, place: Placement) -> bool:
+        """Whether a dim holds more than rows, or what belongs to a row stands before them."""
+        shape, width = shape_of(node), self.width_dim(node)
+        whole = all(product(leg.size for leg in place.on(dim)) == shape[dim] for dim in place.dims)
+        if not whole or width is None or self.is_matrix(node):
+            return not whole
+        return width < max(place.dims, default=0)
 
     # What handlers use.
 
@@ -240,12 +256,12 @@ class Translation:
 
     def class_indices(self) -> fx.Node:
         """The index of each class, ``(V,)``."""
-        product = self.products[0]
-        classes = val(product.node).shape[product.class_dim]
+        first = self.products[0]
+        classes = val(first.node).shape[first.class_dim]
 
         def build(builder: Builder) -> Any:
-            size = builder.size(product.node, product.class_dim)
-            return builder(aten.arange.default, size, device=val(product.node).device)
+            size = builder.size(first.node, first.class_dim)
+            return builder(aten.arange.default, size, device=val(first.node).device)
 
         made = self._index(f"whole_{len(self.whole_inputs)}", [classes])
         self.whole_inputs[made] = build
