@@ -1,5 +1,5 @@
 """Operators of graphopt: importing this registers them. Triton is loaded where a kernel runs."""
 
-from graphopt.kernels import chunked_rows
+from graphopt.kernels import chunked_rows, cross_entropy
 
-__all__ = ["chunked_rows"]
+__all__ = ["chunked_rows", "cross_entropy"]
