@@ -53,8 +53,9 @@ def _setup(rows: int, width: int, classes: int, dtype: torch.dtype) -> dict[str,
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
     targets = torch.randint(0, classes, (rows,))
     exact = float(_exact(hidden, head.weight, targets))
-    steps = {n: partial(_step, c, head, hidden) for n, c in _peers(head, hidden, targets).items()}
-    found = {name: _measured(step, exact) for name, step in steps.items()}
+    peers = _peers(head, hidden, targets)
+    found = {name: _measured(loss, head, hidden, exact) for name, loss in peers.items()}
+    steps = {name: partial(_step, loss, head, hidden) for name, loss in peers.items()}
     times = _interleaved({n: s for n, s in steps.items() if "error" not in found[n]})
     for name, seconds in times.items():
         found[name] |= {
@@ -91,6 +92,7 @@ def _chunked_by_inductor(head: Head) -> Callable[..., Tensor]:
 
 
 def _step(loss: Step, head: Head, hidden: Tensor) -> Tensor:
+    """Forward and backward; the gradients of the step before are gone."""
     head.weight.grad = hidden.grad = None
     value = loss()
     value.backward()
@@ -105,13 +107,14 @@ def _exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([p.detach() for p in parts]).sum() / len(targets)
 
 
-def _measured(step: Step, exact: float) -> dict[str, Any]:
+def _measured(loss: Step, head: Head, hidden: Tensor, exact: float) -> dict[str, Any]:
     try:
-        value = float(step())
+        value = float(_step(loss, head, hidden))
     except Exception as error:  # a peer that fails is a result
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+    head.weight.grad = hidden.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
+        loss().backward()
     events = seen.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = max(accumulate(n for _, n in changes))
