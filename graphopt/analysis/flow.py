@@ -105,6 +105,17 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
     return found
 
 
+def dependents(nodes: Iterable[Node]) -> dict[Node, None]:
+    """The calls that depend on one of ``nodes``, themselves excepted, in program order."""
+    sources = set(nodes)
+    seen, found = set(sources), dict[Node, None]()
+    for node in next(iter(sources)).graph.nodes if sources else ():
+        if node.op == "call_function" and not seen.isdisjoint(node.all_input_nodes):
+            seen.add(node)
+            found[node] = None
+    return {node: None for node in found if node not in sources}
+
+
 def reachable(view: Flow, sources: Iterable[Node], *, backward: bool = False) -> set[Node]:
     """``sources`` and every node that depends on one (``backward``: that one depends on)."""
     layers = nx.bfs_layers(view.reverse(copy=False) if backward else view, set(sources))

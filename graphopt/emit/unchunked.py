@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from graphopt.kernels.chunked_rows import chunked_rows, filled, parse
-from graphopt.program import Program, val
-from graphopt.rewrite.builder import infer, program_fake_mode
+from graphopt.program import Program
+from graphopt.rewrite import Builder
 
 aten = torch.ops.aten
 
@@ -32,20 +32,12 @@ def _spell(program: Program, node: fx.Node) -> None:
     args: Any = node.args
     hidden, weight, rows, whole, text = args[:5]
     body = parse(text)
-    mode = program_fake_mode(program)
-
-    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = program.graph.call_function(target, args, kwargs)
-        fakes = fx.node.map_arg((args, kwargs), val)
-        made.meta = {**node.meta, "val": infer(mode, target, *fakes)}
-        return made
-
-    with program.graph.inserting_before(node):
-        products = [emit(aten.linear.default, *pair) for pair in zip(hidden, weight, strict=True)]
-        values = dict(zip(body.parameters, [*products, *rows, *whole], strict=True))
-        for step in body.steps:
-            given, kwargs = filled((step.args, step.kwargs), values)
-            values[step.name] = emit(step.target, *given, **kwargs)
+    build = Builder(program, node, "unchunked", folds=False)
+    products = [build(aten.linear.default, *pair) for pair in zip(hidden, weight, strict=True)]
+    values = dict(zip(body.parameters, [*products, *rows, *whole], strict=True))
+    for step in body.steps:
+        given, kwargs = filled((step.args, step.kwargs), values)
+        values[step.name] = build(step.target, *given, **kwargs)
     results = [values[name] for name in (*body.rows, *body.sums)]
     for user in list(node.users):
         if user.target is operator.getitem:

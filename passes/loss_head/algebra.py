@@ -145,7 +145,7 @@ def reduced(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | Tot
     """Over the classes in the body; over all rows besides, behind it."""
     dims, main = _dims(node, given.get("dim")), given["self"]
     name = operator_name(node.target).removeprefix("aten.").partition(".")[0]
-    kind = {"dtype": given["dtype"]} if given.get("dtype") is not None else {}
+    kind = _dtype(given)
     target = aten.sum.dim_IntList if name == "sum" else aten.mean.dim
     rows, width = set(t.row_dims(main)), t.width_dim(main)
     if not rows & dims:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from graphopt.analysis.axis_rules.sizes import product
+from graphopt.analysis.flow import dependents
 from graphopt.kernels.chunked_rows import allowed
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.loss_head import heads
@@ -59,9 +60,7 @@ class FuseRowSummaries(Rule):
         return heads.near_misses()
 
     def find(self, program: Program) -> Iterator[Candidate]:
-        large = [p for p in large_products(program) if p.bytes >= self.min_bytes]
-        large = [p for p in large if _is_head(p)]
-        for group in _groups(large):
+        for group in _heads(program, self.min_bytes):
             yield Candidate(_match(program, group))
 
     def check(self, match: Match) -> Refusal | None:
@@ -105,9 +104,8 @@ def _is_head(head: LargeProduct) -> bool:
 
 def drop_logits(program: Program, min_bytes: int) -> None:
     """Return ``None`` in place of large products that nothing but the output needs whole."""
-    large = [p for p in large_products(program) if p.bytes >= min_bytes and _is_head(p)]
     dropped: set[fx.Node] = set()
-    for group in _groups(large):
+    for group in _heads(program, min_bytes):
         found = Translation(program, group)
         if _refusal([found], outputs=False) is None:
             dropped.update(n for n in found.values if found.is_matrix(n))
@@ -120,9 +118,9 @@ def drop_logits(program: Program, min_bytes: int) -> None:
     program.recompile()
 
 
-def _groups(large: Sequence[LargeProduct]) -> Iterator[list[LargeProduct]]:
-    """Products whose matrices meet (a student's and its teacher's) belong together."""
-    left = list(large)
+def _heads(program: Program, min_bytes: int) -> Iterator[list[LargeProduct]]:
+    """Large products of heads; those whose matrices meet (student and teacher) in one list."""
+    left = [p for p in large_products(program) if p.bytes >= min_bytes and _is_head(p)]
     while left:
         group = [left.pop(0)]
         while (other := next((p for p in left if _meet(group[0], p)), None)) is not None:
@@ -136,7 +134,7 @@ def _meet(one: LargeProduct, other: LargeProduct) -> bool:
     shape = shape_of(one.node)
     if shape != shape_of(other.node) or one.row_dims != other.row_dims:
         return False
-    reached = [_reached(one.node), _reached(other.node)]
+    reached = [{p.node, *dependents([p.node])} for p in (one, other)]
     if other.node in reached[0] or one.node in reached[1]:
         return False
     shared = reached[0] & reached[1]
@@ -146,15 +144,6 @@ def _meet(one: LargeProduct, other: LargeProduct) -> bool:
         for a in node.all_input_nodes
         if a in (reached[0] ^ reached[1])
     )
-
-
-def _reached(node: fx.Node) -> set[fx.Node]:
-    seen, queue = {node}, [node]
-    while queue:
-        fresh = [u for u in queue.pop().users if u not in seen and u.op == "call_function"]
-        seen.update(fresh)
-        queue += fresh
-    return seen
 
 
 def _match(program: Program, group: Sequence[LargeProduct]) -> Match:

@@ -122,9 +122,7 @@ class Flat:
 
     def hidden(self, node: fx.Node) -> fx.Node:
         """The left factor ``(*rows, D)`` as ``(N, D)``, of the chosen rows alone."""
-        spans = self.rows.spans(self.chosen)
-        if spans is None:
-            raise IllegalRewriteError("the rows that are read are no box of the product's")
+        spans = self._spans(self.chosen)
         for dim, (first, size) in enumerate(spans):
             if size != self.rows.sizes[dim]:
                 end = _end(first, size, self.rows.sizes[dim])
@@ -146,9 +144,7 @@ class Flat:
 
     def mask(self, rows: RowSet) -> fx.Node:
         """Of the chosen rows, ``(N,)``, those that belong to a set."""
-        spans = self.rows.spans(rows)
-        if spans is None:
-            raise IllegalRewriteError("the rows that are read are no box of the product's")
+        spans = self._spans(rows)
         sizes = [self._size(size) for _, size in spans]
         device = val(self.sources[0]).device
         ones = self.build(aten.ones.default, sizes, dtype=torch.bool, device=device)
@@ -173,9 +169,7 @@ class Flat:
         if held == self.chosen:
             return self._flattened(node, place)
         assert held is not None
-        spans = self.rows.spans(held)
-        if spans is None:
-            raise IllegalRewriteError("the rows that are read are no box of the product's")
+        spans = self._spans(held)
         flat = self._flattened(node, place)
         rest = list(shape_of(flat)[1:])
         box = self.build(aten.reshape.default, flat, self._sizes([s for _, s in spans] + rest))
@@ -247,9 +241,7 @@ class Flat:
 
     def _box(self, column: fx.Node, rows: RowSet) -> fx.Node:
         """Of ``(N, k)`` for all rows, those in a set."""
-        spans = self.rows.spans(rows)
-        if spans is None:
-            raise IllegalRewriteError("the rows that are read are no box of the product's")
+        spans = self._spans(rows)
         width = list(shape_of(column)[1:])
         column = self.build(aten.reshape.default, column, self._sizes([*self.rows.sizes, *width]))
         for dim, ((first, size), whole) in enumerate(zip(spans, self.rows.sizes, strict=True)):
@@ -263,7 +255,14 @@ class Flat:
         symbols = [s for s in shape if not isinstance(s, int)]
         if len(symbols) == 1 and 0 not in shape:
             return [s if isinstance(s, int) else -1 for s in shape]
-        return [s if isinstance(s, int) else self._number(s) for s in shape]
+        return [self._size(s) for s in shape]
+
+    def _spans(self, rows: RowSet) -> list[tuple[Size, Size]]:
+        """Start and size of the rows of a set along each dim."""
+        spans = self.rows.spans(rows)
+        if spans is None:
+            raise IllegalRewriteError("the rows that are read are no box of the product's")
+        return spans
 
     def _size(self, size: Size) -> fx.Node | int:
         return size if isinstance(size, int) else self._number(size)

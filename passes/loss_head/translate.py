@@ -10,6 +10,7 @@ from torch import fx
 
 from graphopt.analysis.axes import Placement, trace_axis
 from graphopt.analysis.axis_rules.sizes import Size, product
+from graphopt.analysis.flow import dependents
 from graphopt.errors import IllegalRewriteError
 from graphopt.passes.loss_head import bring
 from graphopt.passes.loss_head.algebra import handler_of
@@ -34,7 +35,7 @@ class Translation:
     """
 
     def __init__(self, program: Program, products: Sequence[LargeProduct]) -> None:
-        self.program, self.products = program, products
+        self.products = products
         first, *others = products
         shape = shape_of(first.node)
         self.rows = Rows(tuple(shape[d] for d in first.row_dims))
@@ -49,7 +50,7 @@ class Translation:
         self.row_inputs: dict[fx.Node, RowInput] = {}
         self.whole_inputs: dict[fx.Node, fx.Node | Build] = {}
         self.flat: Flat | None = None
-        self.dependents = self._dependents()
+        self.dependents = dependents(p.node for p in products)
         self.chosen = self._choose()
         self._translate()
 
@@ -85,15 +86,6 @@ class Translation:
     def late(self, node: fx.Node) -> bool:
         """Whether a node depends on the products."""
         return node in self.dependents or any(node is p.node for p in self.products)
-
-    def _dependents(self) -> dict[fx.Node, None]:
-        seen = {p.node for p in self.products}
-        found: dict[fx.Node, None] = {}
-        for node in self.program.graph.nodes:
-            if node.op == "call_function" and not seen.isdisjoint(node.all_input_nodes):
-                seen.add(node)
-                found[node] = None
-        return found
 
     def _choose(self) -> RowSet:
         """The rows that every summary reads where they are the same; else all rows."""
