@@ -21,6 +21,7 @@ from graphopt.capture_watch import left_as_it_is
 from graphopt.errors import CaptureError
 from graphopt.program import Assumption, OutputKind, Program, val
 from graphopt.rewrite.rule import Numeric
+from graphopt.room import crowded
 from graphopt.verify.inputs import accepts, combinations_with_one, fresh_inputs, symbols_of
 from graphopt.verify.measure import compare, kernel_tolerance
 
@@ -49,7 +50,7 @@ def settle_ones(program: Program, model: Run | None) -> None:
     """
     known = symbols_of(program) if model is not None or program.example_inputs else {}
     for sizes in combinations_with_one(program) if known else ():
-        if not accepts(program, sizes):
+        if not accepts(program, sizes) or crowded(program, sizes=sizes):
             continue
         why = _difference(program, fresh_inputs(program, sizes), model)
         if why is None:

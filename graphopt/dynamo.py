@@ -12,6 +12,7 @@ from torch._guards import detect_fake_mode
 
 from graphopt.capture_errors import first_line
 from graphopt.capture_exported import keep_differentiable, spell_layout_free
+from graphopt.dynamo_sizes import read_sizes_off_inputs
 from graphopt.errors import CaptureError
 from graphopt.program import InputKind, OutputKind, Program, ProgramInput, ProgramOutput
 from graphopt.source import source_line
@@ -57,6 +58,7 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
     program.graph.output_node().args = (program.results(),)
     spell_layout_free(flat.graph)
     keep_differentiable(flat.graph)
+    read_sizes_off_inputs(flat.graph)
     program.recompile().lint()
     return program
 

@@ -17,6 +17,7 @@ from graphopt.presets import Recipe, resolve
 from graphopt.program import Program
 from graphopt.recipe import Options, rewrite_program
 from graphopt.report.model import Certificate, Report
+from graphopt.room import crowded
 
 
 def compile(
@@ -97,10 +98,16 @@ def capture_model(
     args: Sequence[Any] | None,
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
-) -> tuple[Program, list[Any]]:
-    """Capture a module, and run it once: the program, and what `run_original` gave."""
+) -> tuple[Program, list[Any] | None]:
+    """Capture a module, and run it once: the program, and what `run_original` gave.
+
+    A module whose values do not fit in memory is not run: the second is ``None`` then.
+    """
     args = (args,) if isinstance(args, Tensor) else tuple(args or ())
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    if (why := crowded(program)) is not None:
+        program.notes.append(f"the captured graph was not compared with the model: {why}")
+        return program, None
     return program, run_original(program, model, args, dict(kwargs or {}))
 
 

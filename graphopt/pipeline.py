@@ -14,6 +14,7 @@ from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
 from graphopt.verify.replay import Replay, Verdict
+from graphopt.verify.thin import Thin, transferred
 from graphopt.verify.timing import Stopwatch, pays
 from graphopt.verify.trials import hold, trial_inputs
 from graphopt.verify.whole import hash_inputs
@@ -33,6 +34,7 @@ class Context:
         measure: time rewrites and keep only those that pay.
         inputs: sets of flat user inputs; the first is the captured one.
         skipped: in words, inputs that the model itself refuses.
+        thin: what stands in for the program in verification, where the program is too large.
     """
 
     inputs: list[list[Any]]
@@ -42,12 +44,13 @@ class Context:
     progress: Progress = lambda _text: None
     report: Report = field(default_factory=lambda: Report("model"))
     skipped: list[str] = field(default_factory=list)
+    thin: Thin | None = None
 
     @classmethod
-    def of(cls, program: Program, **options: Any) -> Context:
+    def of(cls, program: Program, thin: Thin | None = None, **options: Any) -> Context:
         """Inputs as captured, fresh values at sizes not seen at capture, and at sizes of 1."""
-        inputs, skipped = trial_inputs(program)
-        context = cls(inputs, skipped=skipped, **options)
+        inputs, skipped = trial_inputs(thin.original if thin else program)
+        context = cls(inputs, skipped=skipped, thin=thin, **options)
         if context.measure:
             context.stopwatch = Stopwatch(train=not program.frozen)
         return context
@@ -56,6 +59,7 @@ class Context:
 @dataclass
 class _Outcome:
     program: Program
+    thin: Program | None
     log: Log
     verdicts: dict[Key, Verdict]
     rejected: dict[Key, Verdict]
@@ -75,7 +79,11 @@ def run_pass(program: Program, step: Pass, context: Context) -> Program:
     start = time.perf_counter()
     outcome = _until_sound(program, step, context)
     _record(program, step, outcome, context, time.perf_counter() - start)
-    return outcome.program if outcome.log.rewrites else program
+    if not outcome.log.rewrites:
+        return program
+    if context.thin is not None and outcome.thin is not None:
+        context.thin.program = outcome.thin
+    return outcome.program
 
 
 def _until_sound(program: Program, step: Pass, context: Context) -> _Outcome:
@@ -83,23 +91,29 @@ def _until_sound(program: Program, step: Pass, context: Context) -> _Outcome:
     rules = list(step.rules())
     verify_seconds = 0.0
     for _ in range(ROUNDS):
-        work = program.copy()
+        work, thin = program.copy(), None
+        start = time.perf_counter()
         try:
             log = apply_rules(work, rules, rejected.keys())
+            start = time.perf_counter()
+            if context.thin is None:
+                verdicts = _verify(program, log, context)
+            else:
+                thin, twins = context.thin.rewritten(step, rejected.keys(), log)
+                judged = _verify(context.thin.program, twins, context)
+                verdicts = transferred(log, twins, judged)
         except IllegalRewriteError as error:
             if context.strict:
                 raise
-            return _Outcome(program, _given_up(rules, error), {}, rejected, verify_seconds)
-        start = time.perf_counter()
-        verdicts = _verify(program, log, context)
+            return _Outcome(program, None, _given_up(rules, error), {}, rejected, verify_seconds)
         verify_seconds += time.perf_counter() - start
         bad = {k: v for k, v in verdicts.items() if not v.ok or not pays(v.pace)}
         if not bad:
-            return _Outcome(work, log, verdicts, rejected, verify_seconds)
+            return _Outcome(work, thin, log, verdicts, rejected, verify_seconds)
         if context.strict:
             _raise_first(bad)
         rejected |= bad
-    return _Outcome(program, Log(missed=log.missed), {}, rejected, verify_seconds)
+    return _Outcome(program, None, Log(missed=log.missed), {}, rejected, verify_seconds)
 
 
 def _given_up(rules: Sequence[Rule], error: IllegalRewriteError) -> Log:
@@ -245,6 +259,8 @@ def state_bytes(program: Program) -> int:
 
 def certify(original: Program, optimized: Program, context: Context, *, name: str) -> bool:
     """Whether the whole holds to float64 on every set of inputs; adds the certificates."""
+    if context.thin is not None:
+        original, optimized = context.thin.original, context.thin.program
     lossy = any(a.certificate.numeric == Numeric.LOSSY for a in context.report.applied)
     numeric = Numeric.LOSSY if lossy else Numeric.REASSOCIATED
     sound = True

@@ -26,6 +26,7 @@ from graphopt.rewrite.rule import Numeric
 from graphopt.source import source_line
 from graphopt.verify.measure import compare, kernel_tolerance, worst
 from graphopt.verify.replay import SEED
+from graphopt.verify.thin import Thin, thinned
 from graphopt.verify.whole import hash_inputs
 
 TARGETS = ("torch", "inductor")
@@ -90,13 +91,14 @@ def rewrite_program(
     _check_layouts(program)
     passes = resolve(options.passes)
     report = _new_report(program, passes)
-    context = Context.of(program, strict=options.strict, measure=options.measure)
-    context.inputs += _calibration_inputs(program, options.calibration)
-    context.report, context.progress = report, options.progress
-    report.notes += context.skipped
     start = time.perf_counter()
     captured = _certify_capture(program, eager, report)
     program = _conceded(program, passes)
+    thin = thinned(program, passes)
+    context = Context.of(program, thin, strict=options.strict, measure=options.measure)
+    context.inputs += _calibration_inputs(program, options.calibration, thin)
+    context.report, context.progress = report, options.progress
+    report.notes += [*context.skipped, *(thin.notes if thin else ())]
     optimized = run_passes(program, passes, context)
     options.progress("verify the whole")
     report.verified = certify(program, optimized, context, name="whole program") and captured
@@ -179,7 +181,9 @@ def _capture_certificate(found: Any, program: Program) -> Certificate:
     )
 
 
-def _calibration_inputs(program: Program, batches: Iterable[Any] | None) -> list[list[Any]]:
+def _calibration_inputs(
+    program: Program, batches: Iterable[Any] | None, thin: Thin | None
+) -> list[list[Any]]:
     """Calibration batches as flat user inputs, each checked as a call would be."""
     if batches is None or program.call is None:
         return []
@@ -194,7 +198,8 @@ def _calibration_inputs(program: Program, batches: Iterable[Any] | None) -> list
             guard(flat)
         except GraphoptError as error:
             raise GraphoptError(error.what, where=f"calibration[{index}]", fix=error.fix) from error
-        _run_once(program, flat, f"calibration[{index}]")
+        flat = thin.inputs(flat) if thin else flat
+        _run_once(thin.original if thin else program, flat, f"calibration[{index}]")
         found.append(flat)
     return found
 

@@ -12,6 +12,7 @@ from graphopt.emit.module import OptimizedModule
 from graphopt.errors import VerificationError
 from graphopt.program import Program, is_random
 from graphopt.rewrite.rule import Numeric
+from graphopt.room import WITH_GRADIENTS, crowded
 from graphopt.verify.measure import Measure, worst
 from graphopt.verify.trials import Lower, hold, trial_inputs
 
@@ -24,7 +25,8 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
 
     Outputs are checked on the captured and on unseen sizes, with gradients where the model trains.
     Inductor draws dropout masks in its own order, so a graph with dropout is compiled once more
-    with the probability at 0, and that is what is checked.
+    with the probability at 0, and that is what is checked. Where the original does not fit in
+    memory, what is compiled is compared with the rewritten graph.
 
     Raises:
         VerificationError: with ``strict``, where Inductor's code is wrong or cannot be made.
@@ -47,9 +49,10 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
 
 def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | None:
     """What is wrong with the compiled graph, in words; ``None`` where nothing is."""
-    sets, _ = trial_inputs(original, ones=False)
+    reference = module.program if crowded(original, WITH_GRADIENTS) else original
+    sets, _ = trial_inputs(reference, ones=False)
     try:
-        found = [_measure(module.program, original, inputs, lower) for inputs in sets]
+        found = [_measure(module.program, reference, inputs, lower) for inputs in sets]
     except torch._dynamo.exc.TorchDynamoException as error:
         return f"cannot be made: {str(error).strip().splitlines()[0]}"
     off = next((m for m in found if not m.ok), None)

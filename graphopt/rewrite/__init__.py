@@ -2,13 +2,15 @@
 
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Matcher, Refusal, arguments
-from graphopt.rewrite.passes import Pass, make_pass, parse_pass, registered_passes
+from graphopt.rewrite.passes import Axis, Cut, Pass, make_pass, parse_pass, registered_passes
 from graphopt.rewrite.pattern import either, num, op, var
 from graphopt.rewrite.rule import Candidate, Example, Numeric, Profit, Rule
 
 __all__ = [
+    "Axis",
     "Builder",
     "Candidate",
+    "Cut",
     "Example",
     "Match",
     "Matcher",

@@ -14,12 +14,31 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import yaml
+from torch import fx
 
 from graphopt.errors import RecipeError
 from graphopt.program import Program
 from graphopt.rewrite.rule import Rule
 
 ENTRY_POINT_GROUP = "graphopt.passes"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The axis ``dim`` of what ``node`` computes: it comes from ``operand_dim`` of an operand.
+
+    Attributes:
+        operand: its position among ``node.all_input_nodes``.
+    """
+
+    node: fx.Node
+    dim: int
+    operand: int
+    operand_dim: int
+
+
+Axis = tuple[Cut, ...]
+"""One axis of one large value, or of several that are computed on together."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,16 @@ class Pass:
 
         What is left is what every rewrite is held to.
         """
+
+    def axes(self, _program: Program) -> Sequence[Sequence[Axis]]:
+        """For each large value that the rules act on, axes whose positions do not meet before they
+        are summed up: verification takes fewer of them.
+        """
+        return ()
+
+    def at_any_size(self) -> Pass:
+        """The same pass without limits below which it leaves values alone: for fewer rows."""
+        return self
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -130,6 +131,8 @@ def widen(source: fx.Graph) -> fx.Graph:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         checks = node.target is torch.ops.aten._assert_tensor_metadata.default
         change = _without_dtypes if checks else _widened
+        if getattr(node.target, "namespace", "") == "graphopt":
+            change = _widened_words
         copies[node].args = change(copies[node].args)
         copies[node].kwargs = change(copies[node].kwargs)
     return graph
@@ -172,6 +175,20 @@ def _widened(structure: Any) -> Any:
     if isinstance(structure, list | tuple):
         return type(structure)(_widened(v) for v in structure)
     return structure
+
+
+def _widened_words(structure: Any) -> Any:
+    """As `_widened`, in operators that spell dtypes in a text."""
+    if isinstance(structure, str):
+        return _FLOATING.sub("torch.float64", structure)
+    if isinstance(structure, dict):
+        return {k: _widened_words(v) for k, v in structure.items()}
+    if isinstance(structure, list | tuple):
+        return type(structure)(_widened_words(v) for v in structure)
+    return structure
+
+
+_FLOATING = re.compile(r"\btorch\.(float16|bfloat16|float32)\b")
 
 
 def _without_dtypes(structure: Any) -> Any:

@@ -51,6 +51,24 @@ def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = No
     return [_fresh(val(node), example, known, generator) for node, example in pairs]
 
 
+def first_positions(
+    program: Program, inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int]
+) -> list[Any]:
+    """Flat user inputs cut down to smaller sizes of the symbols in their shapes."""
+    known = {**symbols_of(program), **sizes}
+    pairs = zip(program.user_inputs(), inputs, strict=True)
+    return [_first(val(node), value, known) for node, value in pairs]
+
+
+def _first(fake: Any, value: Any, sizes: Mapping[Any, int]) -> Any:
+    if not isinstance(value, Tensor):
+        return value if _expression(fake) is None else _extent(fake, sizes)
+    for dim, extent in enumerate(fake.shape):
+        if _expression(extent) is not None:
+            value = value.narrow(dim, 0, min(value.shape[dim], _extent(extent, sizes)))
+    return value
+
+
 def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.Generator) -> Any:
     if not isinstance(example, Tensor):
         return example if _expression(fake) is None else _extent(fake, sizes)

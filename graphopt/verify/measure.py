@@ -135,20 +135,32 @@ def _luck(value: Tensor) -> float:
 
 def _errors(value: Tensor, exact: Tensor) -> Errors:
     """Relative RMS error, relative largest error, and the crest factor of the reference."""
-    finite = exact.isfinite() & value.isfinite()
-    wanted = torch.where(finite, exact, 0.0)
-    error = torch.where(finite, value.to(torch.float64) - exact, 0.0)
+    error, wanted = value.to(torch.float64) - exact, exact
+    if not math.isfinite(_norm(error)):
+        finite = exact.isfinite() & value.isfinite()
+        wanted = torch.where(finite, exact, 0.0)
+        error = torch.where(finite, error, 0.0)
     scale = rms(wanted) or 1.0
-    peak = float(error.abs().max()) if error.numel() else 0.0
-    crest = float(wanted.abs().max()) if wanted.numel() else 0.0
+    peak, crest = _norm(error, math.inf), _norm(wanted, math.inf)
     return rms(error) / scale, peak / scale, max(crest / scale, 1.0)
 
 
 def rms(value: Tensor) -> float:
     """Root of the mean square of the finite elements; 0 where there are none."""
-    plain = value.to(torch.float64)
-    plain = plain[plain.isfinite()]
-    return float(plain.square().mean().sqrt()) if plain.numel() else 0.0
+    total = _norm(value)
+    if not math.isfinite(total):
+        value = value[value.isfinite()]
+        total = _norm(value)
+    return total / math.sqrt(value.numel()) if value.numel() else 0.0
+
+
+def _norm(value: Tensor, order: float = 2) -> float:
+    """In float64, without a copy in float64; 0 for no elements."""
+    if not value.numel():
+        return 0.0
+    if not value.is_floating_point():
+        value = value.to(torch.float64)
+    return float(torch.linalg.vector_norm(value, order, dtype=torch.float64))
 
 
 def _relative(new: Tensor, reference: Tensor) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from graphopt.passes.loss_head.fuse import FuseRowSummaries, drop_logits
+from graphopt.passes.loss_head.fuse import FuseRowSummaries, drop_logits, row_axes
 from graphopt.passes.loss_head.prepare import SpellSummaries
 from graphopt.program import Program
-from graphopt.rewrite import Pass, Rule
+from graphopt.rewrite import Axis, Pass, Rule
 
 __all__ = ["FuseLossHead"]
 
@@ -30,6 +30,12 @@ class FuseLossHead(Pass):
     def concede(self, program: Program) -> None:
         if self.drop_logits:
             drop_logits(program, self.min_bytes)
+
+    def axes(self, program: Program) -> Sequence[Sequence[Axis]]:
+        return row_axes(program, self.min_bytes)
+
+    def at_any_size(self) -> FuseLossHead:
+        return replace(self, min_bytes=0)
 
     def rules(self) -> Sequence[Rule]:
         return (*SpellSummaries().rules(), FuseRowSummaries(self.min_bytes, self.chunk_bytes))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.analysis.axis_rules.sizes import product
+from graphopt.analysis.axis_rules.sizes import product as volume
 from graphopt.analysis.flow import dependents
 from graphopt.kernels.chunked_rows import allowed
 from graphopt.passes.canonicalize import Canonicalize
@@ -15,13 +16,15 @@ from graphopt.passes.loss_head import heads
 from graphopt.passes.loss_head.algebra import summarises
 from graphopt.passes.loss_head.call import Call
 from graphopt.passes.loss_head.prepare import SpellSummaries
-from graphopt.passes.loss_head.products import PRODUCTS, LargeProduct, large_products
+from graphopt.passes.loss_head.products import PRODUCTS, Factor, LargeProduct, large_products
 from graphopt.passes.loss_head.rows import shape_of
 from graphopt.passes.loss_head.translate import Translation
 from graphopt.program import Program, val
 from graphopt.rewrite import (
+    Axis,
     Builder,
     Candidate,
+    Cut,
     Example,
     Match,
     Numeric,
@@ -118,6 +121,34 @@ def drop_logits(program: Program, min_bytes: int) -> None:
     program.recompile()
 
 
+def row_axes(program: Program, min_bytes: int) -> list[list[Axis]]:
+    """For heads with the same rows, whose results may meet, the axes of the rows.
+
+    Where there are as many columns as rows, theirs too: they are those of another batch
+    (contrastive losses), and numbered like the rows by what else is computed on them. The classes
+    of a vocabulary are never cut.
+    """
+    alike: dict[tuple[Any, ...], list[LargeProduct]] = {}
+    for product in (p for group in _heads(program, min_bytes) for p in group):
+        rows = [shape_of(product.node)[dim] for dim in product.row_dims]
+        columns = shape_of(product.node)[product.class_dim]
+        alike.setdefault((*rows, rows == [columns]), []).append(product)
+    found: list[list[Axis]] = []
+    for (*rows, square), group in alike.items():
+        found.append([tuple(_row_cut(p, k) for p in group) for k in range(len(rows))])
+        if square:
+            found.append([tuple(_cut(p.node, p.class_dim, p.weight, 0) for p in group)])
+    return found
+
+
+def _row_cut(product: LargeProduct, which: int) -> Cut:
+    return _cut(product.node, product.row_dims[which], product.hidden, which)
+
+
+def _cut(node: fx.Node, dim: int, factor: Factor, which: int) -> Cut:
+    return Cut(node, dim, node.all_input_nodes.index(factor.node), factor.order[which])
+
+
 def _heads(program: Program, min_bytes: int) -> Iterator[list[LargeProduct]]:
     """Large products of heads; those whose matrices meet (student and teacher) in one list."""
     left = [p for p in large_products(program) if p.bytes >= min_bytes and _is_head(p)]
@@ -139,7 +170,7 @@ def _meet(one: LargeProduct, other: LargeProduct) -> bool:
         return False
     shared = reached[0] & reached[1]
     return any(
-        isinstance(val(a), torch.Tensor) and product(shape_of(a)) == product(shape)
+        isinstance(val(a), torch.Tensor) and volume(shape_of(a)) == volume(shape)
         for node in shared
         for a in node.all_input_nodes
         if a in (reached[0] ^ reached[1])

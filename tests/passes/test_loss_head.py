@@ -257,3 +257,24 @@ def test_steps_of_training_through_dynamo(target: str, fresh_dynamo: None) -> No
         for a, b in zip(slopes, found, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
     assert all("FuseRowSummaries" in [a.rule for a in r.applied] for r in backend.reports)
+
+
+STATIC_IN_DYNAMO = frozenset({"last rows", "preferred", "by index"})
+"""Heads that name sizes (a slice demands one, halves fix one), or that may read fewer rows than
+there are, as Dynamo does not know two inputs to be of one size."""
+
+
+@pytest.mark.parametrize("name", [n for n in HEADS if n not in STATIC_IN_DYNAMO | SQUARE])
+def test_heads_with_dynamic_sizes_through_dynamo(name: str, fresh_dynamo: None) -> None:
+    model, (h, t) = Head(HEADS[name]).train(), inputs()
+    backend = Backend(Options(passes=SMALL_CHUNKS, measure=False))
+    fast = torch.compile(model, backend=backend, dynamic=True)
+    for tokens in (TOKENS, TOKENS - 10):
+        given = h[:, :tokens], t[:, :tokens]
+        (wanted, slopes), (made, found) = (gradients(model, c, *given) for c in (model, fast))
+        torch.testing.assert_close(made, wanted)
+        for a, b in zip(slopes, found, strict=True):
+            scale = float(a.abs().max())
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * scale)
+    rules = [[a.rule for a in r.applied] for r in backend.reports]
+    assert all("FuseRowSummaries" in r for r in rules), [r.missed for r in backend.reports]

@@ -1,0 +1,62 @@
+"""Whether a program's values fit in memory when it is run as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, fx
+
+from graphopt.program import Program, val
+
+FORWARD = 3
+"""Copies of its largest value that a run without gradients holds at once: softmax, and its
+argument in another dtype."""
+
+WITH_GRADIENTS = 10
+"""The same with gradients, and once more in float64, which is up to four times as large."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def crowded(
+    program: Program, copies: int = FORWARD, sizes: Mapping[Any, int] | None = None
+) -> str | None:
+    """In words, the value that does not fit in free memory so many times; ``None`` if all do.
+
+    Args:
+        sizes: symbol -> size; symbols left out have the size of the capture.
+    """
+    values = [n for n in program.graph.nodes if isinstance(val(n), Tensor)]
+    largest: fx.Node | None = max(values, key=lambda n: _bytes(val(n), sizes or {}), default=None)
+    if largest is None:
+        return None
+    size, free = _bytes(val(largest), sizes or {}), free_bytes(val(largest).device)
+    if copies * size <= free:
+        return None
+    return f"`{largest.name}` alone takes {_gib(size)}, where {_gib(free)} are free"
+
+
+def _bytes(fake: Tensor, sizes: Mapping[Any, int]) -> int:
+    return math.prod(_extent(n, sizes) for n in fake.shape) * fake.element_size()
+
+
+def _extent(size: Any, sizes: Mapping[Any, int]) -> int:
+    if isinstance(size, int):
+        return size
+    known = size.node.expr.subs(sizes)
+    if known.is_Integer:
+        return int(known)
+    return int(size.node.hint) if size.node.has_hint() else 0  # decided by values, as nonzero is
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
