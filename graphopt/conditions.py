@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
+
+import sympy
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from graphopt.errors import GraphoptError
 
@@ -75,3 +78,33 @@ def condition(text: str, names: Sequence[str]) -> Callable[..., bool]:
             return False
 
     return holds
+
+
+def implied(demand: Any, ranges: Mapping[sympy.Symbol, Any], conditions: Sequence[str]) -> bool:
+    """Whether a demand on sizes holds wherever sizes lie in their ranges and meet conditions.
+
+    Conditions only count where they exclude the smallest sizes of a range (``s0 >= 3`` and
+    ``s0 != 3`` imply ``s0 > 3``).
+    """
+    allowed = {symbol: ValueRanges(r.lower, r.upper) for symbol, r in ranges.items()}
+    for symbol in demand.free_symbols & allowed.keys():
+        known = [c for c in conditions if _symbols(c) == {str(symbol)}]
+        holds = [condition(c, [str(symbol)]) for c in known]
+        for _ in range(_RAISED):
+            lower = allowed[symbol].lower
+            if not lower.is_Integer or all(h(**{str(symbol): int(lower)}) for h in holds):
+                break
+            allowed[symbol] = ValueRanges(lower + 1, allowed[symbol].upper)
+    if not demand.free_symbols <= allowed.keys():
+        return False
+    found = bound_sympy(demand, allowed)
+    return bool(found.is_singleton() and found.lower == sympy.true)
+
+
+_RAISED = 8
+"""Sizes at the lower end of a range that conditions may exclude."""
+
+
+def _symbols(text: str) -> set[str]:
+    names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    return names - _FUNCTIONS.keys()

@@ -20,6 +20,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphopt.conditions import implied
 from graphopt.errors import IllegalRewriteError
 from graphopt.program import Program, is_mutating, operator_name, val
 
@@ -111,7 +112,7 @@ class Builder:
 
     def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
         fakes = fx.node.map_arg((args, kwargs), val)
-        return infer(self.fake_mode, target, fakes[0], fakes[1])
+        return infer(self.fake_mode, target, fakes[0], fakes[1], self.program)
 
     def _can_fold(self, target: Any, nodes: list[fx.Node], meta: Any) -> bool:
         pure = target is not operator.getitem and isinstance(meta, Tensor)
@@ -143,11 +144,14 @@ def is_folded(name: str) -> bool:
     return _FOLDED.search(name) is not None
 
 
-def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+def infer(
+    mode: FakeTensorMode, target: Any, args: Any, kwargs: Any, program: Program | None = None
+) -> Any:
     """Run an operator on fake values; no new demand on symbolic sizes may arise.
 
-    Composites are taken apart in Python, as the capture takes them apart: some kernels in C++ ask
-    for sizes as numbers, and so fix axes that the operator leaves open.
+    What the sizes that calls of ``program`` may have imply is no new demand. Composites are taken
+    apart in Python, as the capture takes them apart: some kernels in C++ ask for sizes as numbers,
+    and so fix axes that the operator leaves open.
 
     Raises:
         IllegalRewriteError: the operator does not fit, or holds only for some sizes.
@@ -162,11 +166,17 @@ def infer(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
         _take_back(shape_env, guards, known)
         name = operator_name(target)
         raise IllegalRewriteError(f"{name} does not fit here: {error}") from error
-    added = _take_back(shape_env, guards, known)
+    added = [a for a in _take_back(shape_env, guards, known) if not _is_implied(a, program)]
     # Convolutions only ask which layout is faster.
-    if added is not None and "conv" not in operator_name(target):
-        raise IllegalRewriteError(f"{operator_name(target)} would demand {added} of the inputs")
+    if added and "conv" not in operator_name(target):
+        raise IllegalRewriteError(f"{operator_name(target)} would demand {added[0]} of the inputs")
     return meta
+
+
+def _is_implied(demand: Any, program: Program | None) -> bool:
+    if program is None:
+        return False
+    return implied(demand, program.range_constraints, [a.text for a in program.assumptions])
 
 
 _KNOWN = ("replacements", "replacements_slocs", "var_to_range", "divisible", "axioms")
@@ -180,15 +190,15 @@ def _known_of_sizes(shape_env: Any) -> dict[str, Any]:
     return {name: copy.copy(value) for name, value in kept if value is not None}
 
 
-def _take_back(shape_env: Any, guards: int, known: dict[str, Any]) -> Any:
+def _take_back(shape_env: Any, guards: int, known: dict[str, Any]) -> list[Any]:
     """Forget all guards but the first ``guards`` and what they taught: axes are dynamic again.
 
-    Returns the first demand that the kept guards do not make already, if there is one.
+    Returns the demands that the kept guards do not make already.
     """
     if shape_env is None or len(shape_env.guards) <= guards:
-        return None
+        return []
     made = {guard.expr for guard in shape_env.guards[:guards]}
-    added = next((g.expr for g in shape_env.guards[guards:] if g.expr not in made), None)
+    added = [g.expr for g in shape_env.guards[guards:] if g.expr not in made]
     del shape_env.guards[guards:]
     for name, value in known.items():
         setattr(shape_env, name, value)

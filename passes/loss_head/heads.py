@@ -171,8 +171,8 @@ HEADS: dict[str, Function] = {
         -flat(m.logits(h)).log_softmax(-1)[torch.arange(t.numel()), t.reshape(-1)].mean()
     ),
 }
-STATIC = frozenset({"contrastive", "sigmoid pairs", "preferred", "last rows"})
-"""Heads whose sizes are written in the model, or whose slice demands a size."""
+STATIC = frozenset({"contrastive", "sigmoid pairs", "preferred"})
+"""Heads whose sizes are written in the model."""
 
 
 def _inputs() -> tuple[Tensor, Tensor]:

@@ -85,14 +85,19 @@ class Rows:
 
 
 def _divided(value: Size, step: Size) -> tuple[Size, Size]:
-    """Quotient and rest of an offset; a rest is a plain number below any symbolic step."""
+    """Quotient and rest of an offset; a rest is a plain number below any symbolic step, or one
+    that is missing from it."""
     if isinstance(value, int) and isinstance(step, int):
         return divmod(value, step)
-    if isinstance(value, int):
-        return 0, value
+    if isinstance(value, int) or step == 1:
+        return (0, value) if step != 1 else (value, 0)
     constant, multiple = value.as_coeff_Add()
     whole = quotient(tidy(multiple), step)
-    return (0, value) if whole is None else (whole, tidy(constant))
+    if whole is None:
+        return 0, value
+    if constant < 0:
+        return tidy(whole - 1), tidy(step + constant)
+    return whole, tidy(constant)
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,8 @@ class Flat:
         spans = self._spans(self.chosen)
         for dim, (first, size) in enumerate(spans):
             if size != self.rows.sizes[dim]:
-                end = _end(first, size, self.rows.sizes[dim])
-                node = self.build(aten.slice.Tensor, node, dim, first, end)
+                bounds = _bounds(first, size, self.rows.sizes[dim])
+                node = self.build(aten.slice.Tensor, node, dim, *bounds)
         if spans != [(0, size) for size in self.rows.sizes]:
             node = self.build(aten.clone.default, node, memory_format=torch.contiguous_format)
         self.sources.append(node)
@@ -246,8 +251,8 @@ class Flat:
         column = self.build(aten.reshape.default, column, self._sizes([*self.rows.sizes, *width]))
         for dim, ((first, size), whole) in enumerate(zip(spans, self.rows.sizes, strict=True)):
             if size != whole:
-                end = _end(first, size, whole)
-                column = self.build(aten.slice.Tensor, column, dim, first, end)
+                bounds = _bounds(first, size, whole)
+                column = self.build(aten.slice.Tensor, column, dim, *bounds)
         return self.build(aten.reshape.default, column, [-1, *self._sizes(width)])
 
     def _sizes(self, shape: Sequence[Size]) -> list[Any]:
@@ -278,15 +283,14 @@ class Flat:
         raise IllegalRewriteError(f"no tensor of the region has the size {size}")
 
 
-def _end(first: Size, size: Size, extent: Size) -> int:
-    """The end of a slice, counted from the back where the extent is symbolic."""
+def _bounds(first: Size, size: Size, extent: Size) -> tuple[int, int]:
+    """Start and end of a slice, counted from the back where they are symbolic."""
     end = tidy(first + size)
-    if end == extent:
-        return sys.maxsize
-    back = end if isinstance(end, int) else tidy(end - extent)
-    if not isinstance(first, int) or not isinstance(back, int):
-        raise IllegalRewriteError(f"the rows that are read end at {end} of {extent}")
-    return back
+    start, stop = (n if isinstance(n, int) else tidy(n - extent) for n in (first, end))
+    stop = sys.maxsize if end == extent else stop
+    if not isinstance(start, int) or not isinstance(stop, int):
+        raise IllegalRewriteError(f"rows {first} to {end} of {extent} are read")
+    return start, stop
 
 
 def _is_ordered(legs: Sequence[Leg]) -> bool:
