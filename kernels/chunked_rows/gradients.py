@@ -7,12 +7,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body, Results
-from graphopt.kernels.chunked_rows.operands import CHUNK_BYTES, Operands, products
+from graphopt.kernels.chunked_rows.operands import Operands
+from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
+from graphopt.kernels.chunked_rows.results import Collected
 
 _NARROW = (torch.float16, torch.bfloat16)
+_CLASSES = 4096
+"""Classes of a partial gradient that waits to be added to a wider sum."""
+
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
 
 
@@ -28,8 +33,13 @@ class Gradients:
     """
 
     def __init__(
-        self, operands: Operands[Tensor], wanted: Sequence[bool], differentiable: Sequence[bool]
+        self,
+        body: Body,
+        operands: Operands[Tensor],
+        wanted: Sequence[bool],
+        differentiable: Sequence[bool],
     ) -> None:
+        self.body = body
         self.operands, self.wanted = operands, operands.filled(wanted)
         self.differentiable = differentiable
         self.into = Operands(
@@ -40,52 +50,50 @@ class Gradients:
         )
 
     def chunk(
-        self, body: Body, piece: Operands[Tensor], span: slice, cotangents: Sequence[Tensor] | None
-    ) -> Results:
-        """Run the body on one chunk and take its gradients in; gives what the body gives.
+        self, chunk: Chunk, cotangents: Sequence[Tensor] | None, results: Collected
+    ) -> None:
+        """Run the body on one chunk and take its gradients and results in.
+
+        Slopes take the memory of the products piece by piece.
 
         Args:
-            piece: the rows ``span`` of the operands, as the products take them.
             cotangents: of the differentiable results, all rows; ``None`` is one for each.
         """
+        for piece in chunk.pieces():
+            with naming_row(self.body, piece.operands, piece.span.start):
+                slopes = self._piece(piece, cotangents, results)
+            count = len(piece.products)
+            for product, slope in zip(piece.products, slopes[:count], strict=True):
+                _put(slope, product)
+            self._take(slopes[count:], piece.span)
+        for i in range(len(chunk.products)):
+            self._through_product(i, chunk)
+
+    def _piece(
+        self, piece: Piece, cotangents: Sequence[Tensor] | None, collected: Collected
+    ) -> list[Tensor | None]:
+        """Gradients with respect to the body's tensors; ``None`` where there is none."""
         with recording():
-            tensors = self._leaves(piece)
-            edges = [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
-            results = body(tensors)
-            slopes = self._slopes(edges, results, span, cotangents)
-        self._take(slopes, piece, span)
-        rows, sums = ([t.detach() for t in group] for group in results)
-        return rows, sums
+            leaves = self._leaves(piece)
+            results = self.body([*leaves])
+            rows, sums = ([t.detach() for t in group] for group in results)
+            collected.add((rows, sums), piece.span)
+            pairs = self._pairs(results, piece.span, cotangents)
+            return _slopes(leaves, [p for p in pairs if p[0].requires_grad])
 
     def made(self) -> list[Tensor]:
         """The gradients of the wanted operands, in order."""
         pairs = zip(self.operands.all, self.into.all, strict=True)
         return [into.to(t.dtype) for t, into in pairs if into is not None]
 
-    def _leaves(self, piece: Operands[Tensor]) -> list[Tensor]:
-        """The body's tensors. The graph of a product does not hold the product itself."""
+    def _leaves(self, piece: Piece) -> list[Tensor]:
+        """The body's tensors."""
         asked = zip(self.wanted.hidden, self.wanted.weight, strict=True)
-        hidden = _leaves(piece.hidden, [h or w for h, w in asked])
-        weight = [w.detach() for w in piece.weight]
-        rows = _leaves(piece.rows, self.wanted.rows)
-        whole = _leaves(piece.whole, self.wanted.whole)
-        return [*products(Operands(hidden, weight, rows, whole)), *rows, *whole]
-
-    def _slopes(
-        self,
-        edges: Sequence[GradientEdge | None],
-        results: Results,
-        span: slice,
-        cotangents: Sequence[Tensor] | None,
-    ) -> list[Tensor | None]:
-        """Gradients with respect to the body's tensors; ``None`` where there is none."""
-        asked = [edge for edge in edges if edge is not None]
-        pairs = [p for p in self._pairs(results, span, cotangents) if p[0].requires_grad]
-        if not pairs or not asked:
-            return [None] * len(edges)
-        outputs, slopes = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, asked, slopes, allow_unused=True))
-        return [edge if edge is None else next(found) for edge in edges]
+        return [
+            *_leaves(piece.products, [h or w for h, w in asked]),
+            *_leaves(piece.operands.rows, self.wanted.rows),
+            *_leaves(piece.operands.whole, self.wanted.whole),
+        ]
 
     def _pairs(
         self, results: Results, span: slice, cotangents: Sequence[Tensor] | None
@@ -101,22 +109,39 @@ class Gradients:
         parts = [*(c[span] for c in cotangents[:count]), *cotangents[count:]]
         return list(zip(given, parts, strict=True))
 
-    def _take(self, slopes: Sequence[Tensor | None], piece: Operands[Tensor], span: slice) -> None:
-        count = len(piece.hidden)
-        for i, slope in enumerate(slopes[:count]):
-            if slope is not None:
-                self._through_product(i, slope, piece, span)
+    def _take(self, slopes: Sequence[Tensor | None], span: slice) -> None:
+        """Gradients of the tensors beside the products."""
         rows = [None if into is None else into[span] for into in self.into.rows]
-        for slope, into in zip(slopes[count:], (*rows, *self.into.whole), strict=True):
+        for slope, into in zip(slopes, (*rows, *self.into.whole), strict=True):
             if slope is not None and into is not None:
                 into += slope
 
-    def _through_product(self, i: int, slope: Tensor, piece: Operands[Tensor], span: slice) -> None:
+    def _through_product(self, i: int, chunk: Chunk) -> None:
         """Of ``P = h w^T``: to ``h`` goes ``slope w``, to ``w`` goes ``slope^T h``."""
+        slope, operands = chunk.products[i], chunk.operands
         if (hidden := self.into.hidden[i]) is not None:
-            hidden[span] = slope @ piece.weight[i]
+            hidden[chunk.span] = slope @ operands.weight[i]
         if (weight := self.into.weight[i]) is not None:
-            _add_product(weight, slope, piece.hidden[i])
+            _add_product(weight, slope, operands.hidden[i])
+
+
+def _slopes(
+    leaves: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor | None]:
+    asked = [leaf for leaf in leaves if leaf.requires_grad]
+    if not pairs or not asked:
+        return [None] * len(leaves)
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _put(slope: Tensor | None, product: Tensor) -> None:
+    """A slope in place of its product, where it is not there already."""
+    if slope is None:
+        product.zero_()
+    elif slope.data_ptr() != product.data_ptr():
+        product.copy_(slope)
 
 
 def _add_product(into: Tensor, slope: Tensor, hidden: Tensor) -> None:
@@ -124,9 +149,8 @@ def _add_product(into: Tensor, slope: Tensor, hidden: Tensor) -> None:
     if into.dtype == slope.dtype:
         into.addmm_(slope.mT, hidden)
         return
-    step = max(1, CHUNK_BYTES // max(1, hidden.shape[1] * hidden.element_size()))
-    for start in range(0, into.shape[0], step):
-        classes = slice(start, start + step)
+    for start in range(0, into.shape[0], _CLASSES):
+        classes = slice(start, start + _CLASSES)
         into[classes].add_(slope[:, classes].mT @ hidden)
 
 

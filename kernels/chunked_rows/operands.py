@@ -1,8 +1,8 @@
-"""What a call computes on, and how it is cut into chunks."""
+"""What a call computes on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,18 +13,6 @@ from graphopt.kernels.chunked_rows.body import Body
 
 T = TypeVar("T")
 Other = TypeVar("Other")
-
-CHUNK_BYTES = 16 * 2**20
-"""Bytes of the products of one chunk, where nothing else is asked for, on a CPU: the two or three
-matrices of this size that a loss works on stay in a cache of 32 MiB, nearly. Measured there with
-D = 512, V = 32000: 1.15x the time at 8 MiB, 1.1x at 12, 0.95x at 24 and 32."""
-
-_ELSEWHERE = 256 * 2**20
-"""The same on other devices, which smaller products leave idle."""
-
-_FEWEST = 64
-"""Rows of a chunk at least. Each chunk reads the weight twice and the sum of its gradients once,
-and writes that: 16 bytes for 6 operations per row. With fewer rows memory is what bounds it."""
 
 
 @dataclass(frozen=True)
@@ -120,20 +108,3 @@ def cast(operands: Operands[Tensor], dtype: torch.dtype | None) -> Operands[Tens
         return operands
     hidden, weight = map(low, operands.hidden), map(low, operands.weight)
     return Operands(list(hidden), list(weight), operands.rows, operands.whole)
-
-
-def spans(operands: Operands[Tensor], chunk_bytes: int) -> Iterator[slice]:
-    """Chunks as even as they can be, of one row at least; one empty chunk where there are no rows.
-
-    Args:
-        chunk_bytes: of all products of a chunk together; 0 for the device's default.
-    """
-    count = operands.hidden[0].shape[0]
-    row_bytes = max(1, sum(w.shape[0] * w.element_size() for w in operands.weight))
-    default = CHUNK_BYTES if operands.hidden[0].device.type == "cpu" else _ELSEWHERE
-    fewest = 1 if chunk_bytes else _FEWEST
-    most = max(fewest, (chunk_bytes or default) // row_bytes)
-    pieces = max(1, -(-count // most))
-    step = max(1, -(-count // pieces))
-    for start in range(0, max(1, count), step):
-        yield slice(start, min(start + step, count))

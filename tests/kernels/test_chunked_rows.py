@@ -25,7 +25,8 @@ from heads import (
 
 from graphopt.kernels.chunked_rows import chunked_rows, read
 from graphopt.kernels.chunked_rows.chunks import Loop
-from graphopt.kernels.chunked_rows.operands import Operands, spans
+from graphopt.kernels.chunked_rows.operands import Operands
+from graphopt.kernels.chunked_rows.pieces import spans
 
 SIZES = [(5, 123, 7), (123, 123, 7), (123, 4099, 7)]
 PIECES = [1, 2, 5, 1000]
