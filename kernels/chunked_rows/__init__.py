@@ -18,8 +18,8 @@ A second derivative goes through the products as eager mode has them, in its mem
 from __future__ import annotations
 
 from graphopt.kernels.chunked_rows.autograd import chunked_rows
-from graphopt.kernels.chunked_rows.body import Body, filled, read
-from graphopt.kernels.chunked_rows.parsing import parse
+from graphopt.kernels.chunked_rows.body import Body, read
+from graphopt.kernels.chunked_rows.parsing import filled, parse
 from graphopt.kernels.chunked_rows.spelling import spell
 from graphopt.kernels.chunked_rows.vocabulary import allowed
 

@@ -13,13 +13,14 @@ The first list holds values per row, ``(n, ...)``; the second sums over rows, wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor
 
-from graphopt.kernels.chunked_rows.parsing import Name, Parsed, parse
+from graphopt.kernels.chunked_rows.fusing import fused
+from graphopt.kernels.chunked_rows.parsing import Parsed, filled, names, parse
 
 Results = tuple[list[Tensor], list[Tensor]]
 
@@ -32,10 +33,18 @@ class Body:
         rows, sums: names of the results.
     """
 
-    def __init__(self, text: str) -> None:
-        parsed = parse(text)
+    def __init__(self, parsed: Parsed) -> None:
+        self._parsed = parsed
         self.parameters, self.rows, self.sums = parsed.parameters, parsed.rows, parsed.sums
         self._steps = list(zip(parsed.steps, _deaths(parsed), strict=True))
+
+    @cached_property
+    def fused(self) -> Body:
+        """The same body for products that are its own to write over, see `fusing`.
+
+        Its gradients have none themselves.
+        """
+        return Body(fused(self._parsed))
 
     def __call__(self, tensors: list[Tensor]) -> Results:
         """Values per row, and sums.
@@ -75,7 +84,7 @@ def read(text: str) -> Body:
     Raises:
         ValueError: the text is no body; says what is no part of one.
     """
-    return Body(text)
+    return Body(parse(text))
 
 
 def _deaths(parsed: Parsed) -> list[list[str]]:
@@ -83,28 +92,7 @@ def _deaths(parsed: Parsed) -> list[list[str]]:
     alive = {*parsed.rows, *parsed.sums}
     found: list[list[str]] = []
     for step in reversed(parsed.steps):
-        here = dict.fromkeys([*_names((step.args, step.kwargs)), step.name])
+        here = dict.fromkeys([*names(step), step.name])
         found.append([name for name in here if name not in alive])
         alive.update(here)
     return found[::-1]
-
-
-def _names(structure: Any) -> Iterator[str]:
-    if isinstance(structure, Name):
-        yield str(structure)
-    elif isinstance(structure, Mapping):
-        yield from _names(tuple(structure.values()))
-    elif isinstance(structure, list | tuple):
-        for item in structure:
-            yield from _names(item)
-
-
-def filled(structure: Any, values: Mapping[str, Any]) -> Any:
-    """Arguments of a step with values in place of their names."""
-    if isinstance(structure, Name):
-        return values[structure]
-    if isinstance(structure, dict):
-        return {k: filled(v, values) for k, v in structure.items()}
-    if isinstance(structure, list | tuple):
-        return type(structure)(filled(v, values) for v in structure)
-    return structure

@@ -48,7 +48,7 @@ class Loop:
         for chunk in self._chunks():
             for piece in chunk.pieces():
                 with naming_row(self.body, piece.operands, piece.span.start):
-                    results.add(self.body(piece.tensors), piece.span)
+                    results.add(self.body.fused(piece.tensors), piece.span)
         return results.whole()
 
     def run_with_gradients(

@@ -49,9 +49,7 @@ class Gradients:
             _rooms(operands.whole, self.wanted.whole, summed=True),
         )
 
-    def chunk(
-        self, chunk: Chunk, cotangents: Sequence[Tensor] | None, results: Collected
-    ) -> None:
+    def chunk(self, chunk: Chunk, cotangents: Sequence[Tensor] | None, results: Collected) -> None:
         """Run the body on one chunk and take its gradients and results in.
 
         Slopes take the memory of the products piece by piece.
@@ -75,7 +73,7 @@ class Gradients:
         """Gradients with respect to the body's tensors; ``None`` where there is none."""
         with recording():
             leaves = self._leaves(piece)
-            results = self.body([*leaves])
+            results = self.body.fused([*leaves])
             rows, sums = ([t.detach() for t in group] for group in results)
             collected.add((rows, sums), piece.span)
             pairs = self._pairs(results, piece.span, cotangents)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,32 @@ class Parsed(NamedTuple):
     steps: list[Step]
     rows: list[Name]
     sums: list[Name]
+
+
+def names(step: Step) -> Iterator[Name]:
+    """The values that a step reads, in order; twice what it reads twice."""
+    return _names((step.args, step.kwargs))
+
+
+def _names(structure: Any) -> Iterator[Name]:
+    if isinstance(structure, Name):
+        yield structure
+    elif isinstance(structure, Mapping):
+        yield from _names(tuple(structure.values()))
+    elif isinstance(structure, list | tuple):
+        for item in structure:
+            yield from _names(item)
+
+
+def filled(structure: Any, values: Mapping[str, Any]) -> Any:
+    """Arguments of a step with values in place of their names."""
+    if isinstance(structure, Name):
+        return values[structure]
+    if isinstance(structure, dict):
+        return {k: filled(v, values) for k, v in structure.items()}
+    if isinstance(structure, list | tuple):
+        return type(structure)(filled(v, values) for v in structure)
+    return structure
 
 
 def parse(text: str) -> Parsed:
