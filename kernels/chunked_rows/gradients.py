@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
 from graphopt.kernels.chunked_rows.results import Collected
 
 _NARROW = (torch.float16, torch.bfloat16)
-_CLASSES = 4096
+_CLASSES = 8192
 """Classes of a partial gradient that waits to be added to a wider sum."""
 
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
@@ -42,11 +42,12 @@ class Gradients:
         self.body = body
         self.operands, self.wanted = operands, operands.filled(wanted)
         self.differentiable = differentiable
+        empty, zeros = torch.empty_like, torch.zeros_like
         self.into = Operands(
-            _rooms(operands.hidden, self.wanted.hidden, summed=False),
-            _rooms(operands.weight, self.wanted.weight, summed=True),
-            _rooms(operands.rows, self.wanted.rows, summed=False),
-            _rooms(operands.whole, self.wanted.whole, summed=True),
+            _rooms(operands.hidden, self.wanted.hidden, empty, summed=False),
+            _rooms(operands.weight, self.wanted.weight, empty, summed=True),
+            _rooms(operands.rows, self.wanted.rows, zeros, summed=False),
+            _rooms(operands.whole, self.wanted.whole, zeros, summed=True),
         )
 
     def chunk(self, chunk: Chunk, cotangents: Sequence[Tensor] | None, results: Collected) -> None:
@@ -60,10 +61,7 @@ class Gradients:
         for piece in chunk.pieces():
             with naming_row(self.body, piece.operands, piece.span.start):
                 slopes = self._piece(piece, cotangents, results)
-            count = len(piece.products)
-            for product, slope in zip(piece.products, slopes[:count], strict=True):
-                _put(slope, product)
-            self._take(slopes[count:], piece.span)
+            self._take(slopes, piece)
         for i in range(len(chunk.products)):
             self._through_product(i, chunk)
 
@@ -107,10 +105,15 @@ class Gradients:
         parts = [*(c[span] for c in cotangents[:count]), *cotangents[count:]]
         return list(zip(given, parts, strict=True))
 
-    def _take(self, slopes: Sequence[Tensor | None], span: slice) -> None:
-        """Gradients of the tensors beside the products."""
-        rows = [None if into is None else into[span] for into in self.into.rows]
-        for slope, into in zip(slopes, (*rows, *self.into.whole), strict=True):
+    def _take(self, slopes: Sequence[Tensor | None], piece: Piece) -> None:
+        """Slopes take the place of products; gradients of the other tensors are taken in."""
+        count = len(piece.products)
+        asked = zip(self.wanted.hidden, self.wanted.weight, strict=True)
+        for product, slope, wanted in zip(piece.products, slopes[:count], asked, strict=True):
+            if any(wanted):
+                _put(slope, product)
+        rows = [None if into is None else into[piece.span] for into in self.into.rows]
+        for slope, into in zip(slopes[count:], (*rows, *self.into.whole), strict=True):
             if slope is not None and into is not None:
                 into += slope
 
@@ -120,7 +123,7 @@ class Gradients:
         if (hidden := self.into.hidden[i]) is not None:
             hidden[chunk.span] = slope @ operands.weight[i]
         if (weight := self.into.weight[i]) is not None:
-            _add_product(weight, slope, operands.hidden[i])
+            _add_product(weight, slope, operands.hidden[i], first=chunk.span.start == 0)
 
 
 def _slopes(
@@ -142,23 +145,31 @@ def _put(slope: Tensor | None, product: Tensor) -> None:
         product.copy_(slope)
 
 
-def _add_product(into: Tensor, slope: Tensor, hidden: Tensor) -> None:
-    """``into += slope^T hidden``; where ``into`` is wider, a few classes at a time."""
+def _add_product(into: Tensor, slope: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """``into += slope^T hidden``, or ``=``; where ``into`` is wider, a few classes at a time."""
     if into.dtype == slope.dtype:
-        into.addmm_(slope.mT, hidden)
+        into.addmm_(slope.mT, hidden, beta=0 if first else 1)
         return
     for start in range(0, into.shape[0], _CLASSES):
         classes = slice(start, start + _CLASSES)
-        into[classes].add_(slope[:, classes].mT @ hidden)
+        product = slope[:, classes].mT @ hidden
+        if first:
+            into[classes] = product
+        else:
+            into[classes].add_(product)
 
 
 def _rooms(
-    tensors: Sequence[Tensor], wanted: Sequence[bool], *, summed: bool
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    make: Callable[..., Tensor],
+    *,
+    summed: bool,
 ) -> list[Tensor | None]:
-    """Zeros in the layout of the wanted tensors; ``None`` for the others."""
+    """In the layout of the wanted tensors; ``None`` for the others."""
     kinds = [torch.float32 if summed and t.dtype in _NARROW else t.dtype for t in tensors]
     asked = zip(tensors, kinds, wanted, strict=True)
-    return [torch.zeros_like(t, dtype=kind) if w else None for t, kind, w in asked]
+    return [make(t, dtype=kind) if w else None for t, kind, w in asked]
 
 
 def _leaves(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
