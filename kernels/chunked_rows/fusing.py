@@ -128,7 +128,7 @@ def _others(kin: _Kin, matrix: Name) -> dict[str, None]:
     return dict.fromkeys(n for step, _ in kin.found for n in names(step) if n not in inside)
 
 
-def _readers(parsed: Parsed, name: str) -> list[Step]:
+def _readers(parsed: Parsed, name: Name) -> list[Step]:
     return [step for step in parsed.steps if name in names(step)]
 
 

@@ -55,12 +55,12 @@ class Member:
         """
         return True
 
-    def index(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
+    def places(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
         """Classes to pick ``(n, k)``."""
         return None
 
     def give(self, c: Columns) -> Any:
-        """The operator's results; ``c.own`` holds what this member picks, ``c.index`` where."""
+        """The operator's results; ``c.own`` holds what this member picks, ``c.places`` where."""
         raise NotImplementedError
 
 
@@ -88,7 +88,7 @@ class Picked(Member):
         shaped = self.at.dim() == 2 and self.at.shape[0] == x.shape[0]
         return shaped and self.at.dtype == torch.int64 and _in_range(self.at, x)
 
-    def index(self, x: Tensor) -> Tensor:  # noqa: ARG002
+    def places(self, x: Tensor) -> Tensor:  # noqa: ARG002
         return self.at
 
     def give(self, c: Columns) -> Tensor:
@@ -131,7 +131,7 @@ class Loss(Member):
     def _safe(self) -> Tensor:
         return self.target.where(self.target != self.ignored, 0)
 
-    def index(self, x: Tensor) -> Tensor:  # noqa: ARG002
+    def places(self, x: Tensor) -> Tensor:  # noqa: ARG002
         return self._safe().unsqueeze(1)
 
     def give(self, c: Columns) -> Tensor:
@@ -139,7 +139,7 @@ class Loss(Member):
         counts = (self.target != self.ignored).unsqueeze(1)
         loss = c.norm - c.own
         if self.weight is not None:
-            loss = loss * self.weight.to(loss.dtype)[c.index]
+            loss = loss * self.weight.to(loss.dtype)[c.places]
         loss = loss.where(counts, 0)
         if self.smoothing:
             smooth = self._smooth(c).where(counts, 0)
@@ -149,7 +149,9 @@ class Loss(Member):
     def _smooth(self, c: Columns) -> Tensor:
         """The mean over classes."""
         if self.weight is None:
+            assert c.total is not None
             return c.norm - c.total / c.classes
+        assert c.weighted is not None
         mass = self.weight.sum(dtype=c.norm.dtype)
         return (c.norm * mass - c.weighted) / c.classes
 
@@ -177,14 +179,14 @@ class Highest(Member):
 
     keepdim: bool
 
-    def index(self, x: Tensor) -> Tensor:
+    def places(self, x: Tensor) -> Tensor:
         return x.detach().max(1, keepdim=True).indices
 
     def give(self, c: Columns) -> tuple[Tensor, Tensor]:
         assert c.own is not None
-        assert c.index is not None
+        assert c.places is not None
         values = c.own - c.norm if self.of_log else c.own
-        return _kept(values, self.keepdim), _kept(c.index, self.keepdim)
+        return _kept(values, self.keepdim), _kept(c.places, self.keepdim)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ class Wanted(NamedTuple):
     """What is taken beside the log-sum-exp, and where.
 
     Attributes:
-        index: classes to pick, ``(n, k)``.
+        places: classes to pick, ``(n, k)``.
         weight: of the classes, ``(V,)``, for a weighted sum; has no gradient.
         total: whether the sum of each row is asked for.
         top: whether the largest of each row is.
         in_place: whether ``x`` may be written over.
     """
 
-    index: Tensor | None
+    places: Tensor | None
     weight: Tensor | None
     total: bool
     top: bool
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
         own: the picked numbers.
         peak: the largest number, as a constant.
         top: the same, with its gradient.
-        index: which were picked.
+        places: which were picked.
         classes: V.
     """
 
@@ -49,13 +49,14 @@ class Columns(NamedTuple):
     total: Tensor | None
     weighted: Tensor | None
     top: Tensor | None
-    index: Tensor | None
+    places: Tensor | None
     classes: int
 
 
 def columns(x: Tensor, wanted: Wanted) -> Columns:
     """Columns of ``x (n, V)``, ``V > 0``."""
-    return Columns(*_Softmax.apply(x, wanted), wanted.index, x.shape[1])
+    norm, peak, own, total, weighted, top = _Softmax.apply(x, wanted)
+    return Columns(norm, peak, own, total, weighted, top, wanted.places, x.shape[1])
 
 
 class _Softmax(torch.autograd.Function):
@@ -64,7 +65,7 @@ class _Softmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         peak = wide.amax(1, keepdim=True)
-        own = None if wanted.index is None else wide.gather(1, wanted.index)
+        own = None if wanted.places is None else wide.gather(1, wanted.places)
         total = wide.sum(1, keepdim=True) if wanted.total else None
         weighted = None
         if wanted.weight is not None:
@@ -94,7 +95,7 @@ class _Softmax(torch.autograd.Function):
         if top is not None:
             slope.add_(ctx.ties * (top / ctx.ties.sum(1, keepdim=True)))
         if own is not None:
-            slope.scatter_add_(1, ctx.wanted.index, own)
+            slope.scatter_add_(1, ctx.wanted.places, own)
         return slope.to(ctx.kind), None
 
 

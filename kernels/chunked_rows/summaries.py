@@ -48,10 +48,10 @@ class Summaries:
         return made if like is None else list(map(_as, made, like))
 
     def _summed_up(self, x: Tensor, members: Sequence[Member], weight: Tensor | None) -> list[Any]:
-        indices = [m.index(x) for m in members]
-        picked = [i for i in indices if i is not None]
+        places = [m.places(x) for m in members]
+        picked = [i for i in places if i is not None]
         wanted = Wanted(
-            index=None if not picked else picked[0] if len(picked) == 1 else torch.cat(picked, 1),
+            places=None if not picked else picked[0] if len(picked) == 1 else torch.cat(picked, 1),
             weight=weight,
             total=any(m.total for m in members),
             top=any(m.top for m in members),
@@ -59,7 +59,7 @@ class Summaries:
         )
         found = columns(x, wanted)
         own = iter(() if found.own is None else found.own.split([i.shape[1] for i in picked], 1))
-        parts = [found if i is None else found._replace(own=next(own), index=i) for i in indices]
+        parts = [found if i is None else found._replace(own=next(own), places=i) for i in places]
         return [m.give(part) for m, part in zip(members, parts, strict=True)]
 
     def _plainly(self, values: dict[str, Any], *, few: bool = False) -> list[Any]:
