@@ -55,22 +55,22 @@ class Loop:
         self, wanted: Sequence[bool], differentiable: Sequence[bool]
     ) -> list[Tensor]:
         """As `run`, then the gradients of the wanted operands for a cotangent of one."""
-        found, results = self._gradients(wanted, differentiable), Collected(self.count)
-        for chunk in self._chunks():
-            found.chunk(chunk, None, results)
-        return [*results.whole(), *found.made()]
+        found = Gradients(self.body, self.operands, wanted, differentiable)
+        return [*self._fill(found, None).whole(), *found.made()]
 
     def gradients(
         self, wanted: Sequence[bool], differentiable: Sequence[bool], cotangents: Sequence[Tensor]
     ) -> list[Tensor]:
         """Gradients of the wanted operands for cotangents of the differentiable results."""
-        found, results = self._gradients(wanted, differentiable), Collected(self.count)
-        for chunk in self._chunks():
-            found.chunk(chunk, cotangents, results)
+        found = Gradients(self.body, self.operands, wanted, differentiable)
+        self._fill(found, cotangents)
         return found.made()
 
-    def _gradients(self, wanted: Sequence[bool], differentiable: Sequence[bool]) -> Gradients:
-        return Gradients(self.body, self.operands, wanted, differentiable)
+    def _fill(self, found: Gradients, cotangents: Sequence[Tensor] | None) -> Collected:
+        results = Collected(self.count)
+        for chunk in self._chunks():
+            found.chunk(chunk, cotangents, results)
+        return results
 
     def _chunks(self) -> Iterator[Chunk]:
         """One after the other in the same memory, which autograd may record."""
