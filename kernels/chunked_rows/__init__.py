@@ -5,8 +5,10 @@ and a body ``f`` (see `body`), ``graphopt::chunked_rows`` gives ``f(P_1, ..., ro
 per row, concatenated, and sums over rows, accumulated. Tensors in ``rows`` have N rows and are cut
 with the products; those in ``whole`` are not.
 
-Memory beyond the results is that of one chunk, ``chunk x V`` numbers a few times over, where eager
-mode holds ``N x V``. Work: one product forward; backward computes it again and takes two more.
+Memory beyond the results is that of one chunk, ``chunk x V`` numbers, and of what the body computes
+from a piece of it, where eager mode holds ``N x V`` a few times over. Slopes take the memory of the
+products. What the cross entropy and its kin compute from a product is one softmax in its place, see
+`fusing`. Work: one product forward; backward computes it again and takes two more.
 Where the one result with a gradient is a sum, its gradients are taken in the forward pass, for a
 cotangent of one, which spares computing it again: three products of ``2 N D V`` FLOPs are the
 bound. (Not in float16, whose range needs the cotangent first.)

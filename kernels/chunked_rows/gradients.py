@@ -15,7 +15,7 @@ from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
 from graphopt.kernels.chunked_rows.results import Collected
 
 _NARROW = (torch.float16, torch.bfloat16)
-_CLASSES = 8192
+_CLASSES = 4096
 """Classes of a partial gradient that waits to be added to a wider sum."""
 
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
