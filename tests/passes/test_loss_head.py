@@ -96,7 +96,7 @@ def test_a_chunk_takes_the_memory_it_was_given() -> None:
         )
         peaks.append(peak(lambda fast=fast: gradients(model, fast, *args)))
     more = (peaks[1] - peaks[0]) / (56 * CLASSES)
-    assert 2 <= more <= 4.5
+    assert 0.7 <= more <= 1  # chunks are even: of 8 and of 52 rows
 
 
 def test_a_batch_in_which_every_target_is_ignored() -> None:
@@ -190,7 +190,8 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert loss.dtype == torch.float32
         pairs = zip(reference, found, strict=True)
         worst.append(max(float((a - b).norm() / a.norm()) for a, b in pairs if a.any()))
-    assert worst[1] <= min(1.5 * worst[0], 5e-3)
+    # This head takes its loss in float32, whatever the dtype.
+    assert worst[1] <= min(max(1.5 * worst[0], 1e-7), 5e-3)
 
 
 def _returning(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
