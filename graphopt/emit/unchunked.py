@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphopt.kernels.chunked_rows import chunked_rows, filled, parse
-from graphopt.program import Program
+from graphopt.program import Program, val
 from graphopt.rewrite import Builder
 
 aten = torch.ops.aten
@@ -39,6 +39,10 @@ def _spell(program: Program, node: fx.Node) -> None:
         given, kwargs = filled((step.args, step.kwargs), values)
         values[step.name] = build(step.target, *given, **kwargs)
     results = [values[name] for name in (*body.rows, *body.sums)]
+    for name in body.columns:
+        wide = torch.promote_types(val(values[name]).dtype, torch.float32)
+        matrix = build(aten._to_copy.default, values[name], dtype=wide)
+        results.append(build(aten.logsumexp.default, matrix, [0]))
     for user in list(node.users):
         if user.target is operator.getitem:
             index: Any = user.args[1]

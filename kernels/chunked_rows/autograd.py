@@ -31,7 +31,6 @@ class _ChunkedRows(torch.autograd.Function):
         ctx.counts, ctx.settings = counts, settings
         ctx.wanted = [t.requires_grad for t in tensors]
         ctx.gradients = None
-        ctx.save_for_backward(*tensors)
         differentiable = settings[2]
         if _in_forward(tensors, settings):
             made = torch.ops.graphopt.chunked_rows_with_gradients(
@@ -41,8 +40,11 @@ class _ChunkedRows(torch.autograd.Function):
         else:
             o = grouped(tensors, counts)
             results = chunked_rows(o.hidden, o.weight, o.rows, o.whole, *settings)
-        pairs = zip(results, differentiable, strict=True)
+        pairs = list(zip(results, differentiable, strict=True))
         ctx.mark_non_differentiable(*(r for r, has_gradient in pairs if not has_gradient))
+        columns = pairs[len(pairs) - len(read(settings[0]).columns) :]
+        totals = [r for r, has_gradient in columns if has_gradient]
+        ctx.save_for_backward(*tensors, *totals)
         return tuple(results)
 
     @staticmethod
@@ -54,10 +56,11 @@ class _ChunkedRows(torch.autograd.Function):
 
 def _in_forward(tensors: Tensors, settings: Settings) -> bool:
     """Whether the gradients for a cotangent of one are those of any, up to a factor."""
-    body, _, differentiable, autocast = settings
-    rows = len(read(body).rows)
-    narrow = torch.float16 in (autocast, *(t.dtype for t in tensors)) or "torch.float16" in body
-    return sum(differentiable) == 1 and not any(differentiable[:rows]) and not narrow
+    text, _, differentiable, autocast = settings
+    body = read(text)
+    sums = differentiable[len(body.rows) : len(body.rows) + len(body.sums)]
+    narrow = torch.float16 in (autocast, *(t.dtype for t in tensors)) or "torch.float16" in text
+    return sum(differentiable) == sum(sums) == 1 and not narrow
 
 
 def _gradients(ctx: Any, cotangents: Tensors) -> Sequence[Tensor]:
@@ -68,8 +71,15 @@ def _gradients(ctx: Any, cotangents: Tensors) -> Sequence[Tensor]:
         # Ours alone and used up here: a second backward computes them anew.
         held, ctx.gradients = ctx.gradients, None
         return [g.mul_(cotangents[0]) for g in held]
+    saved, count = ctx.saved_tensors, sum(ctx.counts)
+    tensors, totals = saved[:count], saved[count:]
     found: list[Tensor] = torch.ops.graphopt.chunked_rows_backward(
-        ctx.saved_tensors, ctx.counts, *ctx.settings, wanted=ctx.wanted, cotangents=cotangents
+        tensors,
+        ctx.counts,
+        *ctx.settings,
+        wanted=ctx.wanted,
+        cotangents=cotangents,
+        totals=totals,
     )
     return found
 
@@ -81,7 +91,7 @@ def _by_autograd(ctx: Any, cotangents: Tensors) -> Sequence[Tensor]:
     flows through its own place counts.
     """
     body, _, differentiable, autocast = ctx.settings
-    views = [t.view_as(t) for t in ctx.saved_tensors]
+    views = [t.view_as(t) for t in ctx.saved_tensors[: sum(ctx.counts)]]
     with casting(views, autocast):
         results = evaluate(read(body), grouped(views, ctx.counts))
     chosen = [r for r, has_gradient in zip(results, differentiable, strict=True) if has_gradient]

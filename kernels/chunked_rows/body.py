@@ -8,21 +8,28 @@ operator a line, and read by a parser that knows nothing else::
         b = aten.sum.default(a)
         return [a], [b]
 
-The first list holds values per row, ``(n, ...)``; the second sums over rows, without axes.
+The first list holds values per row, ``(n, ...)``; the second sums over rows, without axes. A third
+list, where there is one, holds matrices ``(n, V)`` whose columns are summed up over all rows as
+``log sum exp``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from graphopt.kernels.chunked_rows.fusing import fused
 from graphopt.kernels.chunked_rows.parsing import Parsed, filled, names, parse
 
-Results = tuple[list[Tensor], list[Tensor]]
+
+class Results(NamedTuple):
+    """What a body gives for ``n`` rows: ``(n, ...)`` each; numbers; matrices ``(n, V)``."""
+
+    rows: list[Tensor]
+    sums: list[Tensor]
+    columns: list[Tensor]
 
 
 class Body:
@@ -30,12 +37,12 @@ class Body:
 
     Attributes:
         parameters: names, in order.
-        rows, sums: names of the results.
+        rows, sums, columns: names of the results.
     """
 
     def __init__(self, parsed: Parsed) -> None:
-        self._parsed = parsed
-        self.parameters, self.rows, self.sums = parsed.parameters, parsed.rows, parsed.sums
+        self._parsed, self.parameters = parsed, parsed.parameters
+        self.rows, self.sums, self.columns = parsed.rows, parsed.sums, parsed.columns
         self._steps = list(zip(parsed.steps, _deaths(parsed), strict=True))
 
     @cached_property
@@ -47,14 +54,14 @@ class Body:
         return Body(fused(self._parsed))
 
     def __call__(self, tensors: list[Tensor]) -> Results:
-        """Values per row, and sums.
+        """Values per row, sums, and matrices of columns.
 
         Args:
             tensors: one per parameter, each with ``n`` rows or whole. The list is emptied, so that
                 a large matrix can be freed after the step that reads it last.
 
         Raises:
-            ValueError: a result does not have ``n`` rows, or a sum has axes.
+            ValueError: a result does not have ``n`` rows, a sum has axes, or a matrix not two.
         """
         count = tensors[0].shape[0]
         values: dict[str, Any] = dict(zip(self.parameters, tensors, strict=True))
@@ -64,17 +71,21 @@ class Body:
             values[step.name] = step.target(*args, **kwargs)
             for name in dead:
                 del values[name]
-        rows, sums = ([values[n] for n in names] for names in (self.rows, self.sums))
-        self._check(rows, sums, count)
-        return rows, sums
+        listed = (self.rows, self.sums, self.columns)
+        results = Results(*([values[n] for n in names] for names in listed))
+        self._check(results, count)
+        return results
 
-    def _check(self, rows: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> None:
-        for name, row in zip(self.rows, rows, strict=True):
+    def _check(self, results: Results, count: int) -> None:
+        for name, row in zip(self.rows, results.rows, strict=True):
             if row.dim() == 0 or row.shape[0] != count:
                 raise ValueError(f"`{name}` is {tuple(row.shape)} for {count} rows")
-        for name, total in zip(self.sums, sums, strict=True):
+        for name, total in zip(self.sums, results.sums, strict=True):
             if total.dim():
                 raise ValueError(f"`{name}` is {tuple(total.shape)}, where a sum has no axes")
+        for name, matrix in zip(self.columns, results.columns, strict=True):
+            if matrix.dim() != 2 or matrix.shape[0] != count:
+                raise ValueError(f"`{name}` is {tuple(matrix.shape)}, no matrix of {count} rows")
 
 
 @lru_cache(maxsize=512)
@@ -89,7 +100,7 @@ def read(text: str) -> Body:
 
 def _deaths(parsed: Parsed) -> list[list[str]]:
     """For each step the values that nothing reads after it."""
-    alive = {*parsed.rows, *parsed.sums}
+    alive: set[str] = {*parsed.results}
     found: list[list[str]] = []
     for step in reversed(parsed.steps):
         here = dict.fromkeys([*names(step), step.name])

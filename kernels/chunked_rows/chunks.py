@@ -9,7 +9,8 @@ from torch import Tensor
 
 from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body
-from graphopt.kernels.chunked_rows.gradients import Gradients
+from graphopt.kernels.chunked_rows.columns import log_added, none_added
+from graphopt.kernels.chunked_rows.gradients import Cotangents, Gradients
 from graphopt.kernels.chunked_rows.operands import Operands, cast, products
 from graphopt.kernels.chunked_rows.pieces import Chunk, spans
 from graphopt.kernels.chunked_rows.results import Collected
@@ -17,8 +18,8 @@ from graphopt.kernels.chunked_rows.results import Collected
 
 def evaluate(body: Body, operands: Operands[Tensor]) -> list[Tensor]:
     """All results, in one piece."""
-    rows, sums = body([*products(operands), *operands.rows, *operands.whole])
-    return [*rows, *sums]
+    rows, sums, matrices = body([*products(operands), *operands.rows, *operands.whole])
+    return [*rows, *sums, *(log_added(none_added(matrix), matrix) for matrix in matrices)]
 
 
 class Loop:
@@ -43,7 +44,7 @@ class Loop:
         self.count = operands.hidden[0].shape[0]
 
     def run(self) -> list[Tensor]:
-        """Values per row, then sums."""
+        """Values per row, then sums, then columns."""
         results = Collected(self.count)
         for chunk in self._chunks():
             for piece in chunk.pieces():
@@ -59,14 +60,14 @@ class Loop:
         return [*self._fill(found, None).whole(), *found.made()]
 
     def gradients(
-        self, wanted: Sequence[bool], differentiable: Sequence[bool], cotangents: Sequence[Tensor]
+        self, wanted: Sequence[bool], differentiable: Sequence[bool], cotangents: Cotangents
     ) -> list[Tensor]:
         """Gradients of the wanted operands for cotangents of the differentiable results."""
         found = Gradients(self.body, self.operands, wanted, differentiable)
         self._fill(found, cotangents)
         return found.made()
 
-    def _fill(self, found: Gradients, cotangents: Sequence[Tensor] | None) -> Collected:
+    def _fill(self, found: Gradients, cotangents: Cotangents | None) -> Collected:
         results = Collected(self.count)
         for chunk in self._chunks():
             found.chunk(chunk, cotangents, results)

@@ -99,7 +99,7 @@ def _kin(parsed: Parsed, matrix: Name) -> _Kin:
 def _inner(parsed: Parsed, step: Step) -> list[Reading]:
     """What reads a log-softmax; nothing where not all of that are members."""
     log = Name(step.name)
-    if not is_log(step.target, _given(step)) or log in (*parsed.rows, *parsed.sums):
+    if not is_log(step.target, _given(step)) or log in parsed.results:
         return []
     readers = _readers(parsed, log)
     members = [_member(reader, log, of_log=True) for reader in readers]
@@ -144,7 +144,7 @@ def _dependents(steps: Sequence[Step], results: Iterable[str]) -> set[str]:
 def _is_free(parsed: Parsed, matrix: Name, kin: _Kin) -> bool:
     """Whether a matrix can be written over once the members have read it."""
     maker = next((step for step in parsed.steps if step.name == matrix), None)
-    if matrix in (*parsed.rows, *parsed.sums) or not (maker is None or maker.target in _FRESH):
+    if matrix in parsed.results or not (maker is None or maker.target in _FRESH):
         return False
     readers = _readers(parsed, matrix)
     return all(step.name in kin.own or step.target in _BRIEF for step in readers)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body, Results
+from graphopt.kernels.chunked_rows.columns import slope_of
 from graphopt.kernels.chunked_rows.operands import Operands
 from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
 from graphopt.kernels.chunked_rows.results import Collected
@@ -19,6 +21,18 @@ _CLASSES = 4096
 """Classes of a partial gradient that waits to be added to a wider sum."""
 
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
+
+
+class Cotangents(NamedTuple):
+    """What backward is given.
+
+    Attributes:
+        given: of the differentiable results.
+        totals: those results of columns themselves, ``(V,)`` each.
+    """
+
+    given: Sequence[Tensor]
+    totals: Sequence[Tensor] = ()
 
 
 class Gradients:
@@ -50,13 +64,13 @@ class Gradients:
             _rooms(operands.whole, self.wanted.whole, zeros, summed=True),
         )
 
-    def chunk(self, chunk: Chunk, cotangents: Sequence[Tensor] | None, results: Collected) -> None:
+    def chunk(self, chunk: Chunk, cotangents: Cotangents | None, results: Collected) -> None:
         """Run the body on one chunk and take its gradients and results in.
 
         Slopes take the memory of the products piece by piece.
 
         Args:
-            cotangents: of the differentiable results, all rows; ``None`` is one for each.
+            cotangents: of all rows; ``None`` is one for each result.
         """
         for piece in chunk.pieces():
             with naming_row(self.body, piece.operands, piece.span.start):
@@ -66,14 +80,14 @@ class Gradients:
             self._through_product(i, chunk)
 
     def _piece(
-        self, piece: Piece, cotangents: Sequence[Tensor] | None, collected: Collected
+        self, piece: Piece, cotangents: Cotangents | None, collected: Collected
     ) -> list[Tensor | None]:
         """Gradients with respect to the body's tensors; ``None`` where there is none."""
         with recording():
             leaves = self._leaves(piece)
             results = self.body.fused([*leaves])
-            rows, sums = ([t.detach() for t in group] for group in results)
-            collected.add((rows, sums), piece.span)
+            if cotangents is None:
+                collected.add(Results(*([t.detach() for t in g] for g in results)), piece.span)
             pairs = self._pairs(results, piece.span, cotangents)
             return _slopes(leaves, [p for p in pairs if p[0].requires_grad])
 
@@ -92,18 +106,19 @@ class Gradients:
         ]
 
     def _pairs(
-        self, results: Results, span: slice, cotangents: Sequence[Tensor] | None
+        self, results: Results, span: slice, cotangents: Cotangents | None
     ) -> list[tuple[Tensor, Tensor]]:
         """The differentiable results of a chunk, each with its cotangent."""
-        rows, sums = results
         flags = iter(self.differentiable)
-        chosen = [r for r in rows if next(flags)], [s for s in sums if next(flags)]
-        given = [*chosen[0], *chosen[1]]
+        rows, sums, matrices = ([t for t in group if next(flags)] for group in results)
         if cotangents is None:
-            return [(g, torch.ones_like(g)) for g in given]
-        count = len(chosen[0])
-        parts = [*(c[span] for c in cotangents[:count]), *cotangents[count:]]
-        return list(zip(given, parts, strict=True))
+            return [(g, torch.ones_like(g)) for g in (*rows, *sums)]
+        given = iter(cotangents.given)
+        pairs = [(row, next(given)[span]) for row in rows]
+        pairs += [(total, next(given)) for total in sums]
+        for matrix, total in zip(matrices, cotangents.totals, strict=True):
+            pairs.append((matrix, slope_of(matrix.detach(), total, next(given))))
+        return pairs
 
     def _take(self, slopes: Sequence[Tensor | None], piece: Piece) -> None:
         """Slopes take the place of products; gradients of the other tensors are taken in."""

@@ -62,7 +62,7 @@ def check(operands: Operands[Tensor], body: Body, chunk_bytes: int, results: int
             f"the body takes {taken} tensors; there are {products} products, {rows} tensors of "
             f"rows and {whole} whole ones"
         )
-    if (made := len(body.rows) + len(body.sums)) != results:
+    if (made := len(body.rows) + len(body.sums) + len(body.columns)) != results:
         raise ValueError(f"the body gives {made} results; `differentiable` names {results}")
     if chunk_bytes < 0:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; give a size, or 0 for the default")

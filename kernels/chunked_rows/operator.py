@@ -3,7 +3,8 @@
 Three operators: the one that users and passes call, and two that its autograd calls, with all
 tensors in one list and ``counts`` of the four groups. ``chunked_rows_with_gradients`` gives the
 results and then a gradient for each operand that is ``wanted``, for a cotangent of one;
-``chunked_rows_backward`` gives the gradients for ``cotangents`` of the differentiable results.
+``chunked_rows_backward`` gives the gradients for ``cotangents`` of the differentiable results, of
+which those of columns are given again as ``totals``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.chunks import Loop
+from graphopt.kernels.chunked_rows.columns import none_added
+from graphopt.kernels.chunked_rows.gradients import Cotangents
 from graphopt.kernels.chunked_rows.operands import Operands, cast, check, grouped, products
 
 Tensors = Sequence[Tensor]
@@ -30,7 +33,8 @@ for _schema in (
     "chunked_rows(Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] whole, "
     f"{_SETTINGS}) -> Tensor[]",
     f"chunked_rows_with_gradients({_FLAT}, *, bool[] wanted) -> Tensor[]",
-    f"chunked_rows_backward({_FLAT}, *, bool[] wanted, Tensor[] cotangents) -> Tensor[]",
+    f"chunked_rows_backward({_FLAT}, *, bool[] wanted, Tensor[] cotangents, Tensor[] totals)"
+    " -> Tensor[]",
 ):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -89,10 +93,11 @@ def _backward(
     *,
     wanted: Sequence[bool],
     cotangents: Tensors,
+    totals: Tensors,
 ) -> list[Tensor]:
     loop = _loop(grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast))
     with torch.no_grad(), casting(tensors, autocast):
-        return loop.gradients(wanted, differentiable, cotangents)
+        return loop.gradients(wanted, differentiable, Cotangents(cotangents, totals))
 
 
 def _fake(
@@ -111,10 +116,10 @@ def _fake(
     few = [[t.new_empty((2, *t.shape[1:])) for t in group] for group in (hidden, rows)]
     short = cast(Operands(few[0], weight, few[1], whole), autocast)
     with casting(hidden, autocast):
-        per_row, sums = read(body)([*products(short), *few[1], *whole])
+        per_row, sums, matrices = read(body)([*products(short), *few[1], *whole])
     count = hidden[0].shape[0]
     made = [t.new_empty((count, *t.shape[1:])) for t in per_row]
-    return [*made, *(t.new_empty(()) for t in sums)]
+    return [*made, *(t.new_empty(()) for t in sums), *map(none_added, matrices)]
 
 
 def _fake_backward(tensors: Tensors, *_: Any, wanted: Sequence[bool], **__: Any) -> list[Tensor]:

@@ -44,12 +44,17 @@ class Step(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """A function's parameters, its steps, and the names of the two groups that it returns."""
+    """A function's parameters, its steps, and the names of the groups that it returns."""
 
     parameters: list[str]
     steps: list[Step]
     rows: list[Name]
     sums: list[Name]
+    columns: list[Name]
+
+    @property
+    def results(self) -> list[Name]:
+        return [*self.rows, *self.sums, *self.columns]
 
 
 def names(step: Step) -> Iterator[Name]:
@@ -166,10 +171,13 @@ def _number(node: ast.expr) -> int | float:
     raise _refusal(node)
 
 
-def _returned(line: ast.stmt, known: set[str]) -> tuple[list[Name], list[Name]]:
+def _returned(line: ast.stmt, known: set[str]) -> list[list[Name]]:
+    """Rows, sums, and columns, which may be left out."""
     match line:
-        case ast.Return(ast.Tuple([ast.List(rows), ast.List(sums)])):
-            return _results(rows, known), _results(sums, known)
+        case ast.Return(ast.Tuple([ast.List(), ast.List(), *more] as groups)) if len(more) <= 1:
+            listed = [group.elts for group in groups if isinstance(group, ast.List)]
+            if len(listed) == len(groups):
+                return [_results(items, known) for items in (*listed, [])[:3]]
     raise _refusal(line)
 
 

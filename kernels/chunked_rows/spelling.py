@@ -12,24 +12,31 @@ from torch import fx
 from graphopt.kernels.chunked_rows.vocabulary import allowed
 
 
-def spell(inputs: Sequence[fx.Node], rows: Sequence[fx.Node], sums: Sequence[fx.Node]) -> str:
+def spell(
+    inputs: Sequence[fx.Node],
+    rows: Sequence[fx.Node],
+    sums: Sequence[fx.Node],
+    columns: Sequence[fx.Node] = (),
+) -> str:
     """The text of a graph.
 
     Args:
         inputs: its parameters, in order.
         rows: nodes that hold values per row, ``(n, ...)``.
         sums: nodes that hold sums over rows, without axes.
+        columns: matrices ``(n, V)`` whose columns are summed up.
 
     Raises:
         ValueError: a node cannot be part of a body.
     """
     lines = [f"def body({', '.join(n.name for n in inputs)}):"]
-    for node in _needed([*rows, *sums]):
+    for node in _needed([*rows, *sums, *columns]):
         if node.op == "call_function":
             lines.append(f"    {node.name} = {_call(node)}")
         elif node not in inputs:
             raise ValueError(f"`{node.name}` is computed from, and is not among the inputs")
-    listed = (f"[{', '.join(n.name for n in group)}]" for group in (rows, sums))
+    groups = (rows, sums, columns) if columns else (rows, sums)
+    listed = (f"[{', '.join(n.name for n in group)}]" for group in groups)
     return "\n".join([*lines, f"    return {', '.join(listed)}"])
 
 

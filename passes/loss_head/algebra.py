@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 Found: TypeAlias = fx.Node | Refusal
-Handler = Callable[["Translation", fx.Node, dict[str, Any]], fx.Node | Total | Refusal]
+Handler = Callable[["Translation", fx.Node, dict[str, Any]], "fx.Node | Total | Columns | Refusal"]
 HANDLERS: dict[str, Handler] = {}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """``log sum exp`` of each column of a body's matrix, over all rows."""
+
+    matrix: fx.Node
+
 
 VIEWS = frozenset(
     {
@@ -168,10 +176,14 @@ def over_rows(t: Translation, column: fx.Node, main: fx.Node, *, mean: bool) -> 
     "amax", "amin", "argmax", "argmin", "logsumexp", "max", "min", "prod", "any", "all", "var",
     "std", "nansum", "nanmean", "count_nonzero", "linalg_vector_norm",
 )  # fmt: skip
-def summarised(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
-    """One number per row."""
+def summarised(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | Columns:
+    """One number per row; of log-sum-exps one per column too."""
     if "other" in given:
         return elementwise(t, node, given)
+    if node.target is aten.logsumexp.default and _dims(node, given["dim"]) == {0}:
+        main = given["self"]
+        if t.row_dims(main) == (0,) and t.rows_of(main) == t.chosen == t.rows.every:
+            return Columns(t.values[main])
     if refusal := t.only_classes(node, _dims(node, given.get("dim"))):
         return refusal
     wide = isinstance(given.get("dim"), list | tuple)

@@ -36,10 +36,13 @@ class Call:
         hidden = [self.flat.hidden(p.hidden.build(build)) for p in found.products]
         columns = [n for n in roots if n in found.values]
         totals = [n for n in roots if n in found.totals]
+        turned = [n for n in roots if n in found.columns]
         results = [found.values[n] for n in columns]
         sums = [self._sum(found.totals[n]) for n in totals]
-        smooth = [n in body.smooth for n in (*results, *sums)]
-        text = spell([*found.logits, *found.row_inputs, *found.whole_inputs], results, sums)
+        matrices = [found.columns[n] for n in turned]
+        smooth = [n in body.smooth for n in (*results, *sums, *matrices)]
+        inputs = [*found.logits, *found.row_inputs, *found.whole_inputs]
+        text = spell(inputs, results, sums, matrices)
         call = build(
             chunked_rows,
             hidden,
@@ -50,10 +53,10 @@ class Call:
             self.chunk_bytes or 0,
             smooth,
         )
-        items = [build.item(call, i) for i in range(len(smooth))]
-        made = {n: self._column(n, item) for n, item in zip(columns, items, strict=False)}
-        rest = zip(totals, items[len(columns) :], strict=True)
-        return made | {n: self._total(n, item) for n, item in rest}
+        items = iter([build.item(call, i) for i in range(len(smooth))])
+        made = {n: self._column(n, next(items)) for n in columns}
+        made |= {n: self._total(n, next(items)) for n in totals}
+        return made | {n: self._turned(n, next(items)) for n in turned}
 
     def _sum(self, total: Total) -> fx.Node:
         """The body's sum over rows of all terms."""
@@ -111,6 +114,13 @@ class Call:
         """Values per row in the layout that the program had them in."""
         (place,) = self.found.flow.places(node)
         return self.flat.restored(result, place, shape_of(node))
+
+    def _turned(self, node: fx.Node, columns: fx.Node) -> fx.Node:
+        """One number per column, as the program had them."""
+        if val(columns).dtype != val(node).dtype:
+            columns = self.build(aten._to_copy.default, columns, dtype=val(node).dtype)
+        one_row = val(node).dim() == 2
+        return self.build(aten.unsqueeze.default, columns, 0) if one_row else columns
 
     def _total(self, node: fx.Node, total: fx.Node) -> fx.Node:
         for valid in self.found.totals[node].valid:

@@ -80,7 +80,8 @@ class FuseRowSummaries(Rule):
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         values: dict[fx.Node, fx.Node] = {}
         for found in match["translations"]:
-            roots = [n for n in match.roots if n in found.values or n in found.totals]
+            inside = {*found.inside}
+            roots = [n for n in match.roots if n in inside]
             values |= Call(found, build, self.chunk_bytes).emit(roots)
         return tuple(values[n] for n in match.roots)
 
@@ -192,14 +193,14 @@ def _match(program: Program, group: Sequence[LargeProduct]) -> Match:
         refusal = Refusal("nothing is summarised per row", first)
     if refusal is not None:
         return Match(program, (first,), (first,), {"refusal": refusal})
-    inside = dict.fromkeys(n for t in translations for n in (*t.values, *t.totals))
+    inside = dict.fromkeys(n for t in translations for n in t.inside)
     bound = {"translations": translations}
     return Match(program, tuple(roots), tuple(inside), bound)
 
 
 def _roots(translations: Sequence[Translation]) -> list[fx.Node]:
     """Values inside that are read outside."""
-    inside = {n for t in translations for n in (*t.values, *t.totals)}
+    inside = {n for t in translations for n in t.inside}
     products = {p.node for t in translations for p in t.products}
     read = (n for n in inside - products if any(u not in inside for u in n.users))
     return sorted(
@@ -213,7 +214,7 @@ def _refusal(translations: Sequence[Translation], *, outputs: bool = True) -> Re
     Args:
         outputs: whether the model's output counts as a reader.
     """
-    inside = {n for t in translations for n in (*t.values, *t.totals)}
+    inside = {n for t in translations for n in t.inside}
     for node in {n: None for t in translations for n in t.values if _is_large(t, n)}:
         for user in node.users:
             if user.op == "output":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.passes.loss_head.columns import LossOfColumns
 from graphopt.program import Program, val
 from graphopt.rewrite import (
     Builder,
@@ -32,7 +33,7 @@ class SpellSummaries(Pass):
     """The spellings that `FuseRowSummaries` reads."""
 
     def rules(self) -> Sequence[Rule]:
-        return (GatherByArange(), GatherDiagonal(), LogAddExp())
+        return (GatherByArange(), GatherDiagonal(), LogAddExp(), LossOfColumns())
 
 
 class GatherByArange(Rule):

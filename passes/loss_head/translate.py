@@ -13,7 +13,7 @@ from graphopt.analysis.axis_rules.sizes import Size, product
 from graphopt.analysis.flow import dependents
 from graphopt.errors import IllegalRewriteError
 from graphopt.passes.loss_head import bring
-from graphopt.passes.loss_head.algebra import handler_of
+from graphopt.passes.loss_head.algebra import Columns, handler_of
 from graphopt.passes.loss_head.body import SAMPLE, BodyGraph
 from graphopt.passes.loss_head.products import LargeProduct
 from graphopt.passes.loss_head.rows import Flat, RowInput, Rows, RowSet, shape_of
@@ -30,6 +30,7 @@ class Translation:
     Attributes:
         values: program node -> body node ``(n, width)``, for every node inside.
         totals: program node -> sum over all rows.
+        columns: program node -> the matrix whose columns it sums up over all rows.
         outside: nodes that depend on the products and are not inside, with the reason.
         row_inputs, whole_inputs: body parameter -> what the program passes.
     """
@@ -46,6 +47,7 @@ class Translation:
         self.logits: list[fx.Node] = []
         self.values: dict[fx.Node, fx.Node] = {}
         self.totals: dict[fx.Node, Total] = {}
+        self.columns: dict[fx.Node, fx.Node] = {}
         self.outside: dict[fx.Node, Refusal] = {}
         self.row_inputs: dict[fx.Node, RowInput] = {}
         self.whole_inputs: dict[fx.Node, fx.Node | Build] = {}
@@ -53,6 +55,11 @@ class Translation:
         self.dependents = dependents(p.node for p in products)
         self.chosen = self._choose()
         self._translate()
+
+    @property
+    def inside(self) -> list[fx.Node]:
+        """Every node that is translated."""
+        return [*self.values, *self.totals, *self.columns]
 
     # The axes.
 
@@ -135,6 +142,9 @@ class Translation:
             return found
         if isinstance(found, Total):
             self.totals[node] = found
+            return None
+        if isinstance(found, Columns):
+            self.columns[node] = found.matrix
             return None
         if isinstance(val(node), torch.Tensor) and (refusal := self._misplaced(node)):
             return refusal

@@ -242,4 +242,30 @@ DISTILLATION = Head(
     products=2,
 )
 
-HEADS = (CROSS_ENTROPY, PER_ROW, Z_LOSS, SELECTED, DISTILLATION)
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+PAIRS = Head(
+    "rows and columns of tempered similarities, and columns of some rows",
+    """def body(x, target, some, heat):
+    a = aten.mul.Tensor(x, heat)
+    b = aten.cross_entropy_loss.default(a, target, None, 2)
+    c = aten.lt.Scalar(some, 0)
+    d = aten.unsqueeze.default(c, 1)
+    e = aten.masked_fill.Scalar(a, d, -inf)
+    f = aten.mul.Tensor(x, 0.5)
+    return [], [b], [a, e, f]""",
+    lambda x, target, some, heat: [
+        F.cross_entropy(x * heat, target, reduction="sum"),
+        wide(x * heat).logsumexp(0),
+        wide(x * heat)[some >= 0].logsumexp(0),
+        wide(x * 0.5).logsumexp(0),
+    ],
+    (True, True, True, False),
+    rows=("target", "some"),
+    whole=("heat",),
+)
+
+HEADS = (CROSS_ENTROPY, PER_ROW, Z_LOSS, SELECTED, DISTILLATION, PAIRS)

@@ -40,7 +40,7 @@ def test_a_graph_is_spelled_and_read_back() -> None:
         "    return [div_tensor_mode], [sum_dim_int_list]"
     )
     matrix = torch.rand(5, 9)
-    rows, sums = read(text)([matrix, torch.zeros(())])
+    rows, sums, _ = read(text)([matrix, torch.zeros(())])
     wanted = (matrix.topk(2).values.double().clamp(max=0.5) / 0.25).floor()
     assert rows[0].equal(wanted)
     assert sums[0].equal(wanted.sum())
@@ -108,7 +108,8 @@ HOSTILE = {
     "no result": "def body(x):\n    a = aten.exp.default(x)",
     "one result": "def body(x):\n    return x",
     "names for lists": "def body(x, y):\n    return x, y",
-    "three results": "def body(x):\n    return [x], [x], [x]",
+    "four results": "def body(x):\n    return [x], [x], [x], [x]",
+    "no list of columns": "def body(x):\n    return [x], [x], x",
     "an unknown result": "def body(x):\n    return [z], []",
     "a computed result": "def body(x):\n    return [x.T], []",
     "a starred result": "def body(x):\n    return [*x], []",
@@ -183,7 +184,7 @@ def test_hostile_texts_are_refused(case: str) -> None:
 def test_a_long_plain_body_is_read() -> None:
     lines = [f"    a{i} = aten.add.Scalar({f'a{i - 1}' if i else 'x'}, 1)" for i in range(3000)]
     text = "\n".join(["def body(x):", *lines, "    return [a2999], []"])
-    rows, _ = read(text)([torch.zeros(2, 3)])
+    rows, *_ = read(text)([torch.zeros(2, 3)])
     assert rows[0].eq(3000).all()
 
 
@@ -197,5 +198,5 @@ def test_the_operator_refuses_a_hostile_text() -> None:
 
 def test_values_that_share_a_name_with_a_number() -> None:
     text = "def body(inf, nan):\n    a = aten.add.Tensor(inf, nan)\n    return [a], []"
-    rows, _ = read(text)([torch.ones(2, 3), torch.ones(3)])
+    rows, *_ = read(text)([torch.ones(2, 3), torch.ones(3)])
     assert rows[0].eq(2).all()

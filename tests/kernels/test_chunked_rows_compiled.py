@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import CROSS_ENTROPY, HEADS, PER_ROW, SELECTED, Head, assert_close, make
+from heads import CROSS_ENTROPY, HEADS, PAIRS, PER_ROW, SELECTED, Head, assert_close, make
 from torch import Tensor, nn
 
 from graphopt.kernels.chunked_rows import chunked_rows
@@ -28,7 +28,8 @@ def test_opcheck(head: Head) -> None:
     pairs = zip(call.dense(), head.differentiable, strict=True)
     cotangents = [torch.randn_like(r) for r, counts_too in pairs if counts_too]
     backward = operators.chunked_rows_backward.default
-    kwargs = {"wanted": flags, "cotangents": cotangents}
+    totals = [r.detach() for r in call.dense()[1:3]] if head is PAIRS else []
+    kwargs = {"wanted": flags, "cotangents": cotangents, "totals": totals}
     torch.library.opcheck(backward, (tensors, counts, *settings), kwargs)
 
 

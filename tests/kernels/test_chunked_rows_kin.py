@@ -87,7 +87,7 @@ def step_of(body: Body) -> Summaries | None:
 def ran(body: Body, tensors: list[Tensor]) -> list[Tensor]:
     """The first result and the gradient of the product, every row counting differently."""
     x = tensors[0].detach().clone().requires_grad_()
-    rows, sums = body([x, *tensors[1:]])
+    rows, sums, _ = body([x, *tensors[1:]])
     result = (rows + sums)[0]
     scale = torch.linspace(0.5, 2.0, result.numel(), dtype=result.dtype).view(result.shape)
     kept = result.detach().clone()

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphopt.kernels.chunked_rows import chunked_rows, read
 from graphopt.kernels.chunked_rows.chunks import Loop
+from graphopt.kernels.chunked_rows.gradients import Cotangents
 from graphopt.kernels.chunked_rows.operands import Operands, cast
 
 grad = torch.autograd.grad
@@ -92,7 +93,7 @@ def test_a_frozen_product_is_not_differentiated() -> None:
     flags = [t.requires_grad for t in call.all]
     loop = Loop(read(call.head.body), Operands(*groups_of(call)), 0)
     with Recorder() as seen, torch.no_grad():
-        loop.gradients(flags, call.head.differentiable, [torch.ones(2)])
+        loop.gradients(flags, call.head.differentiable, Cotangents([torch.ones(2)]))
     assert seen.names.count("aten::mm") == 3
     assert seen.names.count("aten::addmm_") == 1
     assert seen.names.count("aten::_log_softmax_backward_data") == 1
@@ -314,9 +315,10 @@ def test_gradient_operators_below_autograd(head: Head) -> None:
     seed = [torch.ones_like(r) for r in call.chunked()]
     wanted = grad([call.chunked()[0]], call.leaves, seed)
     backward = torch.ops.graphopt.chunked_rows_backward
+    given = {"wanted": flags, "cotangents": seed, "totals": []}
     with torch._C._AutoDispatchBelowAutograd():
-        found = backward(tensors, counts, *settings, wanted=flags, cotangents=seed)
+        found = backward(tensors, counts, *settings, **given)
     assert_close(found, wanted, 1e-6)
     with torch.inference_mode():
-        found = backward(tensors, counts, *settings, wanted=flags, cotangents=seed)
+        found = backward(tensors, counts, *settings, **given)
     assert_close(found, wanted, 1e-6)
