@@ -20,8 +20,8 @@ def storage(value: Tensor) -> int:
 
 
 def start(value: Tensor) -> int:
-    """Address of the memory that a real tensor lies in, 0 where it has none."""
-    return value.untyped_storage().data_ptr()
+    """Address of the memory that a real tensor lies in, 0 where it has none (yet)."""
+    return Tensor.untyped_storage(value).data_ptr() if Tensor.data_ptr(value) else 0
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

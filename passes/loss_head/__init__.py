@@ -19,13 +19,23 @@ class FuseLossHead(Pass):
 
     Attributes:
         drop_logits: where logits are an output besides, return ``None`` in their place.
+        lazy_logits: where logits are an output besides, return a tensor that computes them when
+            somebody reads it. Reading it after its weights changed is an error.
         chunk_bytes: memory for one chunk of the product; default: what stays in cache.
         min_bytes: products below this size are left alone.
     """
 
     drop_logits: bool = False
+    lazy_logits: bool = False
     chunk_bytes: int | None = None
     min_bytes: int = 2**18
+
+    def __post_init__(self) -> None:
+        if self.drop_logits and self.lazy_logits:
+            raise ValueError(
+                "FuseLossHead: drop_logits returns None in place of logits, lazy_logits a tensor; "
+                "give one of the two"
+            )
 
     def concede(self, program: Program) -> None:
         if self.drop_logits:
@@ -38,4 +48,5 @@ class FuseLossHead(Pass):
         return replace(self, min_bytes=0)
 
     def rules(self) -> Sequence[Rule]:
-        return (*SpellSummaries().rules(), FuseRowSummaries(self.min_bytes, self.chunk_bytes))
+        fuse = FuseRowSummaries(self.min_bytes, self.chunk_bytes, lazy_logits=self.lazy_logits)
+        return (*SpellSummaries().rules(), fuse)

@@ -47,8 +47,8 @@ class Call:
             chunked_rows,
             hidden,
             [p.weight.build(build) for p in found.products],
-            [self._cut(given) for given in found.row_inputs.values()],
-            [self._whole(given) for given in found.whole_inputs.values()],
+            [cut(given, found, self.flat) for given in found.row_inputs.values()],
+            [whole(given, build) for given in found.whole_inputs.values()],
             text,
             self.chunk_bytes or 0,
             smooth,
@@ -92,24 +92,6 @@ class Call:
             factor = body
         return self.found.body(aten.mul.Tensor, column, factor)
 
-    def _cut(self, given: RowInput) -> fx.Node:
-        if given.node is None:
-            device = val(self.found.products[0].node).device
-            count = self.flat.count(self.found.chosen)
-            return self.build(aten.arange.default, count, device=device)
-        node, place = given.node, given.place
-        if place is WHOLE:
-            return node
-        if given.like is not None:
-            node = self.flat.expanded(node, place, given.like)
-        return self.flat.operand(node, place)
-
-    def _whole(self, given: Any) -> fx.Node:
-        """Without dims of one position."""
-        node: fx.Node = given if isinstance(given, fx.Node) else given(self.build)
-        ones = [d for d, size in enumerate(shape_of(node)) if size == 1]
-        return self.build(aten.squeeze.dims, node, ones) if ones else node
-
     def _column(self, node: fx.Node, result: fx.Node) -> fx.Node:
         """Values per row in the layout that the program had them in."""
         (place,) = self.found.flow.places(node)
@@ -129,3 +111,23 @@ class Call:
             total = self.build(aten._to_copy.default, total, dtype=val(node).dtype)
         shape = shape_of(node)
         return self.build(aten.reshape.default, total, [1] * len(shape)) if shape else total
+
+
+def cut(given: RowInput, found: Translation, flat: Flat) -> fx.Node:
+    """What a body takes row by row, laid out as ``(N, ...)``."""
+    if given.node is None:
+        device = val(found.products[0].node).device
+        return flat.build(aten.arange.default, flat.count(flat.chosen), device=device)
+    node, place = given.node, given.place
+    if place is WHOLE:
+        return node
+    if given.like is not None:
+        node = flat.expanded(node, place, given.like)
+    return flat.operand(node, place)
+
+
+def whole(given: Any, build: Builder) -> fx.Node:
+    """What a body takes whole, without dims of one position."""
+    node: fx.Node = given if isinstance(given, fx.Node) else given(build)
+    ones = [d for d, size in enumerate(shape_of(node)) if size == 1]
+    return build(aten.squeeze.dims, node, ones) if ones else node

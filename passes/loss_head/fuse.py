@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from graphopt.analysis.axis_rules.sizes import product as volume
 from graphopt.analysis.flow import dependents
 from graphopt.kernels.chunked_rows import allowed
 from graphopt.passes.canonicalize import Canonicalize
-from graphopt.passes.loss_head import heads
+from graphopt.passes.loss_head import heads, lazy
 from graphopt.passes.loss_head.algebra import summarises
 from graphopt.passes.loss_head.call import Call
 from graphopt.passes.loss_head.prepare import SpellSummaries
@@ -37,6 +37,12 @@ from graphopt.source import source_line
 
 aten = torch.ops.aten
 
+OPTIONS = (
+    "FuseLossHead:lazy_logits=True or FuseLossHead:drop_logits=True",
+    "FuseLossHead:drop_logits=True",
+)
+"""What allows logits among the outputs, before and after lazy ones were tried."""
+
 
 class FuseRowSummaries(Rule):
     """``f(h W^T) = concat of f(h_c W^T)`` over chunks ``c`` of rows, for ``f`` acting on each row.
@@ -50,8 +56,11 @@ class FuseRowSummaries(Rule):
     numeric = Numeric.REASSOCIATED
     benefit = 20
 
-    def __init__(self, min_bytes: int, chunk_bytes: int | None) -> None:
+    def __init__(
+        self, min_bytes: int, chunk_bytes: int | None, *, lazy_logits: bool = False
+    ) -> None:
         self.min_bytes, self.chunk_bytes = min_bytes, chunk_bytes
+        self.lazy_logits = lazy_logits
 
     def prepare(self) -> Iterable[Pass]:
         return (Canonicalize(), SpellSummaries())
@@ -64,7 +73,7 @@ class FuseRowSummaries(Rule):
 
     def find(self, program: Program) -> Iterator[Candidate]:
         for group in _heads(program, self.min_bytes):
-            yield Candidate(_match(program, group))
+            yield Candidate(_match(program, group, lazy_logits=self.lazy_logits))
 
     def check(self, match: Match) -> Refusal | None:
         return match.get("refusal")
@@ -75,12 +84,15 @@ class FuseRowSummaries(Rule):
         names = " and ".join(f"`{node.name}`" for node in products)
         size = sum(p.bytes for p in products.values()) / 2**20
         line = source_line(next(iter(products)))
-        return f"{names} of {size:.3g} MiB{f' ({line})' if line else ''} is never held whole"
+        until = ", unless the output is read: it is computed then" if match["lazy"] else ""
+        return f"{names} of {size:.3g} MiB{f' ({line})' if line else ''} is never held whole{until}"
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         values: dict[fx.Node, fx.Node] = {}
+        for node, found in match["lazy"].items():
+            values[node] = lazy.emit(found, node, build, values)
         for found in match["translations"]:
-            inside = {*found.inside}
+            inside = {*found.inside} - match["lazy"].keys()
             roots = [n for n in match.roots if n in inside]
             values |= Call(found, build, self.chunk_bytes).emit(roots)
         return tuple(values[n] for n in match.roots)
@@ -178,14 +190,16 @@ def _meet(one: LargeProduct, other: LargeProduct) -> bool:
     )
 
 
-def _match(program: Program, group: Sequence[LargeProduct]) -> Match:
+def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool) -> Match:
     """The match of a group, rows being rows; where columns are summarised too, they are rows."""
     translations = [Translation(program, group)]
     turned = [p.turned for p in group]
-    refusal = _refusal(translations)
+    later = lazy.returned(program, translations) if lazy_logits else None
+    refusal = _refusal(translations, later)
     if refusal is not None and None not in turned:
         both = [*translations, Translation(program, [t for t in turned if t is not None])]
-        if _refusal(both) is None:
+        later = lazy.returned(program, both) if lazy_logits else None
+        if _refusal(both, later) is None:
             translations, refusal = both, None
     roots = _roots(translations)
     first = group[0].node
@@ -194,8 +208,8 @@ def _match(program: Program, group: Sequence[LargeProduct]) -> Match:
     if refusal is not None:
         return Match(program, (first,), (first,), {"refusal": refusal})
     inside = dict.fromkeys(n for t in translations for n in t.inside)
-    bound = {"translations": translations}
-    return Match(program, tuple(roots), tuple(inside), bound)
+    bound = {"translations": translations, "lazy": later or {}}
+    return Match(program, tuple(sorted([*roots, *(later or ())])), tuple(inside), bound)
 
 
 def _roots(translations: Sequence[Translation]) -> list[fx.Node]:
@@ -208,19 +222,27 @@ def _roots(translations: Sequence[Translation]) -> list[fx.Node]:
     )
 
 
-def _refusal(translations: Sequence[Translation], *, outputs: bool = True) -> Refusal | None:
+def _refusal(
+    translations: Sequence[Translation],
+    later: Mapping[fx.Node, Translation] | None = None,
+    *,
+    outputs: bool = True,
+) -> Refusal | None:
     """A matrix that is read outside, and why its reader is not inside.
 
     Args:
+        later: matrices that can be computed when the output is read; ``None`` where none may be.
         outputs: whether the model's output counts as a reader.
     """
     inside = {n for t in translations for n in t.inside}
     for node in {n: None for t in translations for n in t.values if _is_large(t, n)}:
         for user in node.users:
+            if later and node in later and lazy.shows(user, later[node]):
+                continue
             if user.op == "output":
                 if outputs:
                     reason = f"`{node.name}` is an output of the model"
-                    return Refusal(reason, node, "FuseLossHead:drop_logits=True")
+                    return Refusal(reason, node, OPTIONS[0] if later is None else OPTIONS[1])
             elif user not in inside and val(user) is not None:
                 why = translations[0].outside[user]
                 return Refusal(f"{why.reason}, so all of `{node.name}` is needed", why.node or user)
