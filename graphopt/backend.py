@@ -20,6 +20,7 @@ from graphopt.backend_runner import Runner
 from graphopt.capture_errors import first_line
 from graphopt.capture_memory import Memory, memory_of, mode_of, results_memory
 from graphopt.dynamo import fake_inputs, program_from_dynamo
+from graphopt.emit.deferring import apart
 from graphopt.errors import CaptureError, GraphoptError, RecipeError, VerificationError
 from graphopt.program import Program
 from graphopt.recipe import Options, rewrite_program
@@ -86,7 +87,8 @@ class Backend:
     ) -> Compiled:
         runner = Runner(program, memory, original.forward)
         if self.options.target == "inductor":
-            runner.run = _inductor(program.graph_module, runner.bind(example_inputs))
+            inputs = runner.bind(example_inputs)
+            runner.run = apart(program.graph_module, lambda graph: _inductor(graph, inputs))
         return runner
 
 

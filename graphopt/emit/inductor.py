@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphopt.emit.deferring import apart
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import VerificationError
 from graphopt.program import Program, is_random
@@ -34,7 +35,7 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
     plain = module._graph.code
     options.progress("inductor")
     dynamic = True if original.range_constraints else None
-    compile_graph = partial(torch.compile, dynamic=dynamic, fullgraph=True)
+    compile_graph = partial(apart, lower=partial(torch.compile, dynamic=dynamic, fullgraph=True))
     module._graph.code = compile_graph(plain)
     drawn = any(map(is_random, module.program.graph.nodes))
     why = _fault(module, original, compile_graph if drawn else lambda _graph: module._graph.code)

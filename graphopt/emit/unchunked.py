@@ -1,4 +1,4 @@
-"""``chunked_rows`` in the operators it stands for, for targets that have no such operator."""
+"""``chunked_rows`` and ``deferred`` in what they stand for, for targets that have neither."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from graphopt.kernels.chunked_rows import chunked_rows, filled, parse
+from graphopt.kernels.deferred import deferred
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder
 
@@ -17,15 +18,20 @@ aten = torch.ops.aten
 
 def unchunked(program: Program) -> Program:
     """The same program with products held whole; itself where it has no such operator."""
-    if not program.graph.find_nodes(op="call_function", target=chunked_rows):
+    if not _calls(program):
         return program
     twin = program.copy()
-    for node in twin.graph.find_nodes(op="call_function", target=chunked_rows):
+    for node in _calls(twin):
         _spell(twin, node)
     twin.graph.eliminate_dead_code()
     twin.lint()
     twin.recompile()
     return twin
+
+
+def _calls(program: Program) -> list[fx.Node]:
+    nodes = program.graph.find_nodes
+    return [n for t in (chunked_rows, deferred) for n in nodes(op="call_function", target=t)]
 
 
 def _spell(program: Program, node: fx.Node) -> None:
@@ -43,6 +49,8 @@ def _spell(program: Program, node: fx.Node) -> None:
         wide = torch.promote_types(val(values[name]).dtype, torch.float32)
         matrix = build(aten._to_copy.default, values[name], dtype=wide)
         results.append(build(aten.logsumexp.default, matrix, [0]))
+    if node.target is deferred:
+        node.replace_all_uses_with(results[0], propagate_meta=False)
     for user in list(node.users):
         if user.target is operator.getitem:
             index: Any = user.args[1]
