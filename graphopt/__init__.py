@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphopt.emit.onnx import export_onnx
     from graphopt.errors import GraphoptError
     from graphopt.optimize import compile, explain
+    from graphopt.registered import register_backend
     from graphopt.report.model import Report
 
 __version__ = version("graphopt")
@@ -25,10 +26,20 @@ _HOMES = {
     "explain": "graphopt.optimize",
     "export_onnx": "graphopt.emit.onnx",
     "load": "graphopt.artifact",
+    "register_backend": "graphopt.registered",
     "save": "graphopt.artifact",
 }
 
-__all__ = ["GraphoptError", "Report", "compile", "explain", "export_onnx", "load", "save"]
+__all__ = [
+    "GraphoptError",
+    "Report",
+    "compile",
+    "explain",
+    "export_onnx",
+    "load",
+    "register_backend",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

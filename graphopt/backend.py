@@ -126,6 +126,10 @@ def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Co
     return compiled  # type: ignore[no-any-return]
 
 
+registered: list[Backend] = []
+"""What the name ``"graphopt"`` stands for where it is given no options: the last of them."""
+
+
 def graphopt_backend(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
 ) -> Compiled:
@@ -133,7 +137,9 @@ def graphopt_backend(
 
     Options are the fields of `graphopt.recipe.Options` (``passes``, ``target``, ``strict``, ...).
     """
-    return Backend(parsed(options.get("options", options)))(graph_module, example_inputs)
+    given = options.get("options", options)
+    backend = registered[-1] if registered and not given else Backend(parsed(given))
+    return backend(graph_module, example_inputs)
 
 
 def compile_dynamic(model: nn.Module, options: Options, dynamic_shapes: Any = None) -> Any:

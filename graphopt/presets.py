@@ -47,6 +47,8 @@ def available_presets() -> list[str]:
 def resolve(recipe: Recipe) -> list[Pass]:
     """Passes of a preset name, a YAML file, one pass, or a sequence of passes, strings or mappings.
 
+    ``["exact", "FuseLossHead:lazy_logits=true"]`` is the preset with other options for one pass.
+
     Raises:
         RecipeError: an unknown preset, pass or option, a preset whose passes are not installed, or
             something that is no recipe at all.
@@ -89,6 +91,7 @@ def _from_file(recipe: str | Path) -> list[Pass]:
 
 
 def _steps(items: Any, where: str) -> list[Pass]:
+    """Presets in a list stand for their passes, and a pass behind one replaces that of its kind."""
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         presets = ", ".join(available_presets())
         raise RecipeError(
@@ -96,7 +99,19 @@ def _steps(items: Any, where: str) -> list[Pass]:
             where=where,
             fix=f"write a list of passes, or one of {presets} in place of a list",
         )
-    return [_step(item, where) for item in items]
+    steps: list[Pass] = []
+    preset: set[str] = set()
+    for item in items:
+        if isinstance(item, str) and item in PRESETS:
+            steps += resolve(item)
+            preset.update(step.name for step in resolve(item))
+            continue
+        step = _step(item, where)
+        if step.name in preset:
+            steps = [step if old.name == step.name else old for old in steps]
+        else:
+            steps.append(step)
+    return steps
 
 
 def _step(item: Any, where: str) -> Pass:

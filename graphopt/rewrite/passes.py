@@ -117,7 +117,10 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None, where: str = 
             raise RecipeError(
                 f"{name}: {key}={value!r} should be {_spell(hints[key])}", where=where
             )
-    return kind(**dict(options or {}))
+    try:
+        return kind(**dict(options or {}))
+    except ValueError as error:  # options that exclude each other
+        raise RecipeError(str(error), where=where) from error
 
 
 def parse_pass(text: str) -> Pass:
