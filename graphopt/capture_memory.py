@@ -83,7 +83,9 @@ class Memory:
             elif view is not None:
                 stale = view.position in written or not share_memory(result, inputs[view.position])
                 yield view.of(inputs, gradients=result.requires_grad) if stale else result
-            elif group is not None and owners.setdefault(start(result), group) != group:
+            elif group is None or not (place := start(result)):  # deferred ones lie nowhere yet
+                yield result
+            elif owners.setdefault(place, group) != group:
                 yield result.clone()
             else:
                 yield result

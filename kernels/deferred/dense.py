@@ -21,6 +21,8 @@ def dense(body: Body, operands: Operands[Tensor], autocast: torch.dtype | None) 
     """The one matrix ``(N, V)`` that a body gives."""
     with casting(operands.all, autocast):
         ((matrix,), _) = body([*products(operands), *operands.rows, *operands.whole])
+    if matrix.dim() != 2:
+        raise ValueError(f"the body gives {tuple(matrix.shape)}, which is no matrix")
     return matrix
 
 

@@ -39,9 +39,11 @@ class Origin(ABC):
     """Numbers that are computed once at most.
 
     Attributes:
+        numel: how many.
         whole: all of them, once they are there. Writes go into it.
     """
 
+    numel: int
     whole: Tensor | None = None
 
     @abstractmethod
@@ -62,6 +64,7 @@ class Product(Origin):
     ) -> None:
         self.operands = operands.filled(t.detach() for t in operands.all)
         self.body, self.shape, self.autocast = body, shape, autocast
+        self.numel = shape.numel()
         self.seen = [Seen(t) for t in self.operands.all]
 
     def fresh(self, views: Views) -> Tensor:
@@ -75,13 +78,13 @@ class Product(Origin):
             return part.view(*index.shape, self.shape[1])
 
     def _rows(self, views: Views) -> Tensor | None:
-        """Indices of the rows behind views; ``None`` where views change the rows themselves."""
-        if not views:
-            return None
+        """Indices of the rows behind views; ``None`` where it is all, or not whole rows."""
         rows = torch.arange(self.shape[0], device=self.operands.hidden[0].device)
         shown = seen_through(views, rows.unsqueeze(1).expand(self.shape))
-        whole = shown.dim() > 0 and shown.shape[-1] == self.shape[1] and shown.stride(-1) == 0
-        return shown[..., 0] if whole else None
+        if shown.dim() == 0 or shown.numel() == self.numel:
+            return None
+        same = shown.shape[-1] == self.shape[1] and shown.stride(-1) == 0
+        return shown[..., 0] if same else None
 
     def _part(self, index: Tensor) -> Operands[Tensor]:
         o = self.operands
@@ -95,8 +98,10 @@ class Product(Origin):
 class Cast(Origin):
     """What is behind views, in another dtype."""
 
-    def __init__(self, of: Origin, views: Views, cast: Callable[[Tensor], Tensor]) -> None:
-        self.of, self.views, self.cast = of, views, cast
+    def __init__(
+        self, of: Origin, views: Views, cast: Callable[[Tensor], Tensor], numel: int
+    ) -> None:
+        self.of, self.views, self.cast, self.numel = of, views, cast, numel
 
     def fresh(self, views: Views) -> Tensor:
         return self.cast(self.of.fresh((*self.views, *views)))

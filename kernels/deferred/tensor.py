@@ -74,7 +74,7 @@ class DeferredTensor(Tensor):
 
     def _numbers(self) -> Tensor:
         """Without a history."""
-        if self._origin.whole is not None or not self._views:
+        if self._origin.whole is not None or self.numel() == self._origin.numel:
             return seen_through(self._views, self._origin.fill())
         if self._part is None:
             self._part = self._origin.fresh(self._views)
@@ -84,7 +84,7 @@ class DeferredTensor(Tensor):
         return DeferredTensor(self._origin, (*self._views, view), view(_like(self)), self.device)
 
     def _cast(self, cast: View) -> DeferredTensor:
-        origin = Cast(self._origin, self._views, cast)
+        origin = Cast(self._origin, self._views, cast, self.numel())
         return DeferredTensor(origin, (), cast(_like(self)), self.device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
