@@ -166,9 +166,9 @@ def pretrained(options: argparse.Namespace) -> tuple[Any, torch.Tensor]:
 def random_model(options: argparse.Namespace) -> tuple[Any, torch.Tensor]:
     """A model of the same shape, and the bytes of a text."""
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, rope_theta=100000.0,
-        num_hidden_layers=options.layers, num_attention_heads=9, num_key_value_heads=3,
-        tie_word_embeddings=True,
+        vocab_size=49152, hidden_size=options.width, num_hidden_layers=options.layers,
+        intermediate_size=options.width * 8 // 3, num_attention_heads=9, num_key_value_heads=3,
+        rope_theta=100000.0, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config), torch.tensor(list(read_text(options.text).encode()))
 
@@ -190,6 +190,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--random", action="store_true", help="random weights")
     parser.add_argument("--layers", type=int, default=30, help="of a model with random weights")
+    parser.add_argument("--width", type=int, default=576, help="the same; a multiple of 18")
     return parser.parse_args()
 
 

