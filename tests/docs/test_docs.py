@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = {"finetune_smollm2.py": "--random --layers 1 --width 36 --steps 2 --batch 2 --length 64"}
+SHORT = {"finetune_smollm2.py": "--random --layers 1 --width 36 --steps 2 --batch 1 --length 32"}
 """Arguments of the examples that take long."""
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
