@@ -113,7 +113,7 @@ def loop(
 def step(run: Any, batch: torch.Tensor) -> float:
     loss = run(input_ids=batch, labels=batch).loss
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def trainer(
@@ -156,7 +156,10 @@ def pretrained(options: argparse.Namespace) -> tuple[Any, torch.Tensor]:
         )
     file = next(Path(package.origin).parent.glob("*.gguf"))
     print(f"reading {file.name}, half a minute")
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
+    read = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
+    del read.config.quantization_config  # the Trainer refuses a model that says it is quantized
+    model = AutoModelForCausalLM.from_config(read.config)
+    model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     needed = options.steps * options.batch * options.length
     text = read_text(options.text)[: 12 * needed]

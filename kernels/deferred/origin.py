@@ -16,7 +16,7 @@ from graphopt.kernels.deferred.unchanged import Seen
 
 
 class View(NamedTuple):
-    """A view operator and what follows its tensor in a call."""
+    """An operator that gives a view or a cast, and what follows its tensor in a call."""
 
     operator: Callable[..., Tensor]
     args: tuple[Any, ...]
@@ -98,9 +98,7 @@ class Product(Origin):
 class Cast(Origin):
     """What is behind views, in another dtype."""
 
-    def __init__(
-        self, of: Origin, views: Views, cast: Callable[[Tensor], Tensor], numel: int
-    ) -> None:
+    def __init__(self, of: Origin, views: Views, cast: View, numel: int) -> None:
         self.of, self.views, self.cast, self.numel = of, views, cast, numel
 
     def fresh(self, views: Views) -> Tensor:

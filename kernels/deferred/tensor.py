@@ -54,6 +54,7 @@ class DeferredTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
+    @torch._disable_dynamo
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
@@ -69,6 +70,11 @@ class DeferredTensor(Tensor):
 
     def computed(self) -> Tensor:
         """An ordinary tensor of the same numbers, with the same history."""
+        known = self._origin.whole is not None or self.numel() == self._origin.numel
+        return self._shown() if known else self.clone()
+
+    def _shown(self) -> Tensor:
+        """The same in the memory of the whole, which lasts."""
         self._origin.fill()
         return self.view_as(self)
 
@@ -99,13 +105,13 @@ class DeferredTensor(Tensor):
         return self.computed().tolist()
 
     def data_ptr(self) -> int:
-        return self.computed().data_ptr()
+        return self._shown().data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.computed().untyped_storage()
+        return self._shown().untyped_storage()
 
     def __dlpack__(self, **options: Any) -> Any:
-        return self.computed().__dlpack__(**options)
+        return self._shown().__dlpack__(**options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.computed(), memo)

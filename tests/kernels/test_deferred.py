@@ -220,6 +220,13 @@ def test_what_was_read_before_stays() -> None:
     assert kept.abs().sum() > 0
 
 
+def test_rows_as_an_array_are_computed_alone() -> None:
+    head, h = Head(), hidden()
+    with Products() as seen:
+        found = head(h).detach()[:, -1].numpy()
+    assert seen.rows == [2] and np.allclose(found, head.dense(h).detach()[:, -1])
+
+
 def test_changed_hidden_states_are_an_error() -> None:
     x, h, _ = plain()
     h.add_(1)
