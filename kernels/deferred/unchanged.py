@@ -12,8 +12,8 @@ _SAMPLES = 16
 class Seen:
     """A tensor as it was. It is not copied.
 
-    Writes that autograd sees count in its version. Others (through ``.data``, from kernels outside
-    of torch) show in a few of its numbers: an optimizer changes them all.
+    Writes that autograd sees count in its version. Others (through ``.data``, by fused optimizers,
+    from outside of torch) show in a few of its numbers: an optimizer changes them all.
     """
 
     def __init__(self, tensor: Tensor) -> None:
