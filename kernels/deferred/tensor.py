@@ -54,7 +54,7 @@ class DeferredTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[misc, untyped-decorator]
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
