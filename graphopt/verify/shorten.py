@@ -185,22 +185,25 @@ class _Shortening:
 
     def _cut(self, operand: fx.Node, place: Placement, user: fx.Node) -> fx.Node:
         shape = self.shape(_sizes(operand), place)
-        if operand.op == "call_function" and self._is_ours(operand, place):
-            if operand.target in _COUNTS:
-                self._count(operand, shape)
-                return operand
-            if self._through(operand, place, shape):
-                return operand
+        if operand.target in _COUNTS:
+            return self._count(operand, place, shape)
+        computed = operand.op == "call_function" and self._is_ours(operand, place)
+        if computed and self._through(operand, place, shape):
+            return operand
         return self._sliced(operand, place, user)
 
-    def _count(self, operand: fx.Node, shape: Sequence[int]) -> None:
-        """Let an operator that makes positions make those of a shape."""
+    def _count(self, operand: fx.Node, place: Placement, shape: Sequence[int]) -> fx.Node:
+        """An operator that makes positions, making those of a shape."""
+        if not self._is_ours(operand, place):
+            with self.program.graph.inserting_after(operand):
+                operand = self.program.graph.node_copy(operand)
         if operand.target is aten.arange.default:
             _set(operand, end=shape[0])
         else:
             operand.target = aten.eye.default if shape[0] == shape[1] else aten.eye.m
             _set(operand, n=shape[0], m=shape[1])
         self.infer(operand)
+        return operand
 
     def _is_ours(self, operand: fx.Node, place: Placement) -> bool:
         """Whether everything that reads an operand reads it along the axis, in the same place."""

@@ -20,7 +20,7 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 def dense(body: Body, operands: Operands[Tensor], autocast: torch.dtype | None) -> Tensor:
     """The one matrix ``(N, V)`` that a body gives."""
     with casting(operands.all, autocast):
-        ((matrix,), _) = body([*products(operands), *operands.rows, *operands.whole])
+        (matrix,) = body([*products(operands), *operands.rows, *operands.whole]).rows
     if matrix.dim() != 2:
         raise ValueError(f"the body gives {tuple(matrix.shape)}, which is no matrix")
     return matrix

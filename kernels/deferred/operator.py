@@ -56,8 +56,8 @@ def _deferred(
 def _check(operands: Operands[Tensor], text: str) -> None:
     body = read(text)
     check(operands, body, 0, 1)
-    if body.sums:
-        raise ValueError("what is deferred has values per row; the body gives a sum")
+    if body.sums or body.columns:
+        raise ValueError("what is deferred has values per row; the body gives others")
 
 
 def _promised(operands: Operands[Tensor], settings: Settings) -> DeferredTensor:

@@ -35,7 +35,8 @@ def shows(user: fx.Node, t: Translation) -> bool:
     """Whether a reader outside is the model's output, or views that only the output reads."""
     if user.op == "output":
         return True
-    inside = user in t.values or user in t.totals or not user.users
+    known = any(user in nodes for nodes in (t.values, t.totals, t.columns))
+    inside = known or not user.users
     return user.target in VIEWS and not inside and all(shows(u, t) for u in user.users)
 
 
