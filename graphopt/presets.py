@@ -17,8 +17,8 @@ EXACT: tuple[str, ...] = (
     "RecognizeComposites",
     "FoldNormAffine",
     "PreRMSNorm",
-    "MergeProjections",
     "FuseLossHead",
+    "MergeProjections",
     "Canonicalize",
     "EliminateCommonSubexpressions",
 )

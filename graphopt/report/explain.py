@@ -20,7 +20,7 @@ _OPENINGS = {
 
 
 def explain_lines(report: Report, node: str | None = None) -> list[str]:
-    """Why places were not rewritten, grouped by the user's source line.
+    """What was noted, and why places were not rewritten, grouped by the user's source line.
 
     Args:
         node: a node's name, a module's path, or a ``file.py:line``; only what concerns it, and
@@ -31,10 +31,10 @@ def explain_lines(report: Report, node: str | None = None) -> list[str]:
     """
     if node is not None:
         lines = _about(report, node)
-    elif report.missed:
-        lines = list(_by_source(report.missed))
     else:
-        lines = [_ALL if report.applied else _NOTHING]
+        lines = [*report.notes, *_by_source(report.missed)]
+        if not report.missed:
+            lines.append(_ALL if report.applied else _NOTHING)
     return [printable(line) for line in lines]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,10 +83,10 @@ class FuseRowSummaries(Rule):
         """Bytes of the products, for the example inputs, that are never held."""
         products = {p.node: p for t in match["translations"] for p in t.products}
         names = " and ".join(f"`{node.name}`" for node in products)
-        size = sum(p.bytes for p in products.values()) / 2**20
+        size = _size(products.values())
         line = source_line(next(iter(products)))
         until = ", unless the output is read: it is computed then" if match["lazy"] else ""
-        return f"{names} of {size:.3g} MiB{f' ({line})' if line else ''} is never held whole{until}"
+        return f"{names} of {size}{f' ({line})' if line else ''} is never held whole{until}"
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         values: dict[fx.Node, fx.Node] = {}
@@ -206,10 +207,15 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
     if refusal is None and not roots:
         refusal = Refusal("nothing is summarised per row", first)
     if refusal is not None:
+        refusal = replace(refusal, reason=f"{refusal.reason} ({_size(group)})")
         return Match(program, (first,), (first,), {"refusal": refusal})
     inside = dict.fromkeys(n for t in translations for n in t.inside)
     bound = {"translations": translations, "lazy": later or {}}
     return Match(program, tuple(sorted([*roots, *(later or ())])), tuple(inside), bound)
+
+
+def _size(products: Iterable[LargeProduct]) -> str:
+    return f"{sum(p.bytes for p in products) / 2**20:.3g} MiB"
 
 
 def _roots(translations: Sequence[Translation]) -> list[fx.Node]:
