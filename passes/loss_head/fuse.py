@@ -14,8 +14,8 @@ from graphopt.analysis.flow import dependents
 from graphopt.kernels.chunked_rows import allowed
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.loss_head import heads, lazy
-from graphopt.passes.loss_head.algebra import summarises
 from graphopt.passes.loss_head.call import Call
+from graphopt.passes.loss_head.handlers import summarises
 from graphopt.passes.loss_head.prepare import SpellSummaries
 from graphopt.passes.loss_head.products import PRODUCTS, Factor, LargeProduct, large_products
 from graphopt.passes.loss_head.rows import shape_of

@@ -138,6 +138,30 @@ def margin(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return loss(30.0 * (cosine - 0.3 * F.one_hot(t, CLASSES)), t)
 
 
+def of_two_halves(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Rafailov et al. 2023, with the preferred answers and the others apart."""
+    logs = [chosen(x, y).sum(-1) for x, y in zip(m.logits(h).chunk(2), t.chunk(2), strict=True)]
+    return -F.logsigmoid(0.1 * (logs[0] - logs[1])).mean()
+
+
+def of_two_vocabularies(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    parts = m.logits(h).split([200, 320], -1)
+    return sum((loss(x, t % x.shape[-1]) for x in parts), torch.zeros(()))
+
+
+def with_queue(m: Head, h: Tensor, _: Tensor) -> Tensor:
+    """He et al. 2020: one positive for each query, negatives from a queue."""
+    query, queue = flat(F.normalize(h, dim=-1)), F.normalize(m.teacher, dim=-1)
+    own = (query * query.flip(-1)).sum(-1, keepdim=True)
+    x = torch.cat([own, query @ queue.T], 1) / 0.07
+    return F.cross_entropy(x, torch.zeros(len(query), dtype=torch.int64))
+
+
+def on_soft_targets(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    targets = 0.9 * F.one_hot(t.flatten(), CLASSES).float() + 0.1 / CLASSES
+    return F.cross_entropy(flat(m.logits(h)), targets)
+
+
 ROWS = {0: Dim("batch"), 1: Dim("tokens", min=2)}
 DYNAMIC = (ROWS, ROWS)
 
@@ -164,6 +188,13 @@ HEADS: dict[str, Function] = {
     "policy, entropy": policy,
     "contrastive": contrastive,
     "sigmoid pairs": sigmoid_pairs,
+    "two halves": of_two_halves,
+    "two vocabularies": of_two_vocabularies,
+    "queue": with_queue,
+    "soft targets": on_soft_targets,
+    "last token": lambda m, h, t: F.cross_entropy(m.logits(h)[:, -1], t[:, -1]),
+    "hinge": lambda m, h, t: F.multi_margin_loss(flat(m.logits(h)), t.flatten()),
+    "spread": lambda m, h, _: m.logits(h).var(-1, correction=0).mean(),
     "einsum": lambda m, h, t: loss(torch.einsum("bsd,vd->bsv", h, m.w), t),
     "best of each": lambda m, h, _: m.logits(h).topk(3, -1)[0].logsumexp(-1).mean(),
     "padded classes": lambda m, h, t: loss(m.logits(h)[..., :512], t % 512),
@@ -171,7 +202,7 @@ HEADS: dict[str, Function] = {
         -flat(m.logits(h)).log_softmax(-1)[torch.arange(t.numel()), t.reshape(-1)].mean()
     ),
 }
-STATIC = frozenset({"contrastive", "sigmoid pairs", "preferred"})
+STATIC = frozenset({"contrastive", "sigmoid pairs", "preferred", "two halves"})
 """Heads whose sizes are written in the model."""
 
 

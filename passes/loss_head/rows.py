@@ -27,11 +27,15 @@ from graphopt.rewrite import Builder
 aten = torch.ops.aten
 
 
+Digit = tuple[Size, Size]
+"""Size and step."""
+
+
 @dataclass(frozen=True)
 class RowSet:
     """Row indices ``start + sum of step * digit``; digits are ``(size, step)``, slowest first."""
 
-    digits: tuple[tuple[Size, Size], ...]
+    digits: tuple[Digit, ...]
     start: Size = 0
 
 
@@ -72,16 +76,30 @@ class Rows:
         """Start and size along each dim of the rows in a set; ``None`` where it is no box."""
         if rows == self.every:
             return [(0, size) for size in self.sizes]
-        sizes = {step: size for size, step in rows.digits}
+        digits, rest = list(rows.digits), rows.start
         found: list[tuple[Size, Size]] = []
-        rest = rows.start
-        for size, step in zip(self.sizes, self.steps, strict=True):
-            if step not in sizes and size != 1:
-                return None
+        for step in self.steps:
             first, rest = _divided(rest, step)
-            found.append((first, sizes.get(step, 1)))
-        whole = product(size for _, size in found) == product(size for size, _ in rows.digits)
-        return found if rest == 0 and whole else None
+            count, digits = _leading(digits, step)
+            found.append((first, count))
+        return found if rest == 0 and not digits else None
+
+
+def _leading(digits: list[Digit], step: Size) -> tuple[Size, list[Digit]]:
+    """How many steps of one size digits take, and the digits that are left of them.
+
+    A digit may stand for several dims, joined: ``(6, 1)`` are two steps of 3, and ``(3, 1)``.
+    """
+    if not digits:
+        return 1, digits
+    (count, own), *others = digits
+    if own == step:
+        return count, others
+    inner = quotient(step, own)
+    outer = None if inner is None else quotient(count, inner)
+    if inner is None or outer is None:
+        return 1, digits
+    return outer, [(inner, own), *others]
 
 
 def _divided(value: Size, step: Size) -> tuple[Size, Size]:

@@ -13,9 +13,10 @@ from graphopt.analysis.axis_rules.sizes import Size, product
 from graphopt.analysis.flow import dependents
 from graphopt.errors import IllegalRewriteError
 from graphopt.passes.loss_head import bring
-from graphopt.passes.loss_head.algebra import Columns, handler_of
 from graphopt.passes.loss_head.body import SAMPLE, BodyGraph
+from graphopt.passes.loss_head.handlers import handler_of
 from graphopt.passes.loss_head.products import LargeProduct
+from graphopt.passes.loss_head.registry import Columns
 from graphopt.passes.loss_head.rows import Flat, RowInput, Rows, RowSet, shape_of
 from graphopt.passes.loss_head.totals import Build, Total, combined
 from graphopt.program import Program, operator_name, val

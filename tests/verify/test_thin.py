@@ -28,8 +28,11 @@ SHORT = 6
 """Tokens per batch on which heads are verified here."""
 
 OTHER_VALUES = frozenset(
-    {"token weights", "padded", "last rows", "distilled", "contrastive", "sigmoid pairs"}
-)
+    {
+        "token weights", "padded", "last rows", "last token", "distilled", "contrastive",
+        "sigmoid pairs", "queue",
+    }
+)  # fmt: skip
 """Heads that read sizes or rows of their inputs in front of the product, which stay as they were:
 on fewer rows they are other functions than the model, though of the same operators."""
 

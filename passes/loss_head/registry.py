@@ -1,0 +1,78 @@
+"""How operators on rows are found a handler, and what handlers share.
+
+A handler gives the body's node for a node of the program, a `Total` where rows are reduced too (a
+mean over all tokens), `Columns`, or a `Refusal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import fx
+
+from graphopt.passes.loss_head.totals import Build, Term, Total, reciprocal
+from graphopt.program import val
+from graphopt.rewrite import Refusal
+
+if TYPE_CHECKING:
+    from graphopt.passes.loss_head.translate import Translation
+
+Found: TypeAlias = fx.Node | Refusal
+
+
+@dataclass(frozen=True)
+class Columns:
+    """``log sum exp`` of each column of a body's matrix, over all rows."""
+
+    matrix: fx.Node
+
+
+Handler = Callable[["Translation", fx.Node, dict[str, Any]], fx.Node | Total | Columns | Refusal]
+HANDLERS: dict[str, Handler] = {}
+SUMMARIES: set[str] = set()
+"""Operators that leave little of the classes, or of everything."""
+
+
+def handles(*names: str, sums_up: bool = False) -> Callable[[Handler], Handler]:
+    def register(function: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, function))
+        SUMMARIES.update(names if sums_up else ())
+        return function
+
+    return register
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of an operator of ATen; empty for anything else."""
+    found = isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema.name.removeprefix("aten::") if found else ""  # type: ignore[union-attr]
+
+
+def called(t: Translation, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    """The operator of a node on other arguments."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    keywords = {a.name for a in schema.arguments if a.kwarg_only}
+    args = [v for k, v in given.items() if k not in keywords]
+    return t.body(node.target, *args, **{k: v for k, v in given.items() if k in keywords})
+
+
+def over_rows(t: Translation, column: fx.Node, main: fx.Node, *, mean: bool) -> Total:
+    """The sum, or the mean, of a column over the rows that ``main`` holds."""
+    rows = t.rows_of(main)
+    share: tuple[Build, ...] = (lambda build: reciprocal(build, t.count(rows)),)
+    return Total((Term(column, rows, share if mean else ()),))
+
+
+def dims_named(node: fx.Node, dims: Any) -> set[int]:
+    """Dims that a call names, from the front; all where it names none."""
+    main: Any = node.args[0]
+    rank = val(main).dim()
+    listed: Iterable[int]
+    if dims is None or dims == []:
+        listed = range(rank)
+    else:
+        listed = [dims] if isinstance(dims, int) else dims
+    return {d % rank for d in listed} if rank else set()
