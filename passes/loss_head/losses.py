@@ -27,7 +27,7 @@ def class_loss(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | 
     if rank < 2 or t.width_dim(main) != 1:
         return Refusal("the classes of the loss are not those of the product", node)
     soft = val(target).dim() == rank
-    placed = t.beside(target, main, node, without=None if soft else 1)
+    placed = t.operand(target, main) if soft else t.beside(target, main, node, without=1)
     heavy = t.whole(weight) if weight is not None else None
     for found in (placed, heavy):
         if isinstance(found, Refusal):
