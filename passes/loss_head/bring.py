@@ -43,6 +43,8 @@ def entered(t: Translation, value: fx.Node, place: Placement, at: fx.Node, shift
     if t.late(value):
         return Refusal(f"`{value.name}` depends on other rows", value)
     if len(sized) > len(rows) and (made := _made(t, value, place, at, shift)) is not None:
+        if not isinstance(made, Refusal):
+            t.remade[value] = None
         return made
     if {d + shift for d in rows} != set(place.dims):
         return t.row_input(RowInput(value, place, at))

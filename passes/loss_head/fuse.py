@@ -210,8 +210,11 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
         refusal = replace(refusal, reason=f"{refusal.reason} ({_size(group)})")
         return Match(program, (first,), (first,), {"refusal": refusal})
     inside = dict.fromkeys(n for t in translations for n in t.inside)
+    remade = dict.fromkeys(n for t in translations for n in t.remade)
     bound = {"translations": translations, "lazy": later or {}}
-    return Match(program, tuple(sorted([*roots, *(later or ())])), tuple(inside), bound)
+    roots = sorted([*roots, *(later or ())])
+    nodes = tuple(inside | remade)
+    return Match(program, tuple(roots), nodes, bound, frozenset(remade))
 
 
 def _size(products: Iterable[LargeProduct]) -> str:

@@ -162,6 +162,12 @@ def on_soft_targets(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(flat(m.logits(h)), targets)
 
 
+def on_learned_targets(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    share = m.scale.sigmoid()
+    targets = share * F.one_hot(t.flatten(), CLASSES) + (1 - share) / CLASSES
+    return F.cross_entropy(flat(m.logits(h)), targets)
+
+
 ROWS = {0: Dim("batch"), 1: Dim("tokens", min=2)}
 DYNAMIC = (ROWS, ROWS)
 
@@ -192,6 +198,7 @@ HEADS: dict[str, Function] = {
     "two vocabularies": of_two_vocabularies,
     "queue": with_queue,
     "soft targets": on_soft_targets,
+    "learned targets": on_learned_targets,
     "last token": lambda m, h, t: F.cross_entropy(m.logits(h)[:, -1], t[:, -1]),
     "hinge": lambda m, h, t: F.multi_margin_loss(flat(m.logits(h)), t.flatten()),
     "spread": lambda m, h, _: m.logits(h).var(-1, correction=0).mean(),

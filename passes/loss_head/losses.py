@@ -32,7 +32,9 @@ def class_loss(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | 
     for found in (placed, heavy):
         if isinstance(found, Refusal):
             return found
-    if not soft:
+    if soft:
+        placed = t.body(aten.expand_as.default, placed, t.values[main])
+    else:
         placed = t.body(aten.squeeze.dim, placed, 1)
     rest = [given["ignore_index"]]
     if node.target is aten.cross_entropy_loss.default:

@@ -33,6 +33,7 @@ class Translation:
         totals: program node -> sum over all rows.
         columns: program node -> the matrix whose columns it sums up over all rows.
         outside: nodes that depend on the products and are not inside, with the reason.
+        remade: matrices from elsewhere that the body computes itself.
         row_inputs, whole_inputs: body parameter -> what the program passes.
     """
 
@@ -50,6 +51,7 @@ class Translation:
         self.totals: dict[fx.Node, Total] = {}
         self.columns: dict[fx.Node, fx.Node] = {}
         self.outside: dict[fx.Node, Refusal] = {}
+        self.remade: dict[fx.Node, None] = {}
         self.row_inputs: dict[fx.Node, RowInput] = {}
         self.whole_inputs: dict[fx.Node, fx.Node | Build] = {}
         self.flat: Flat | None = None

@@ -18,6 +18,7 @@ from graphopt.backend import Backend
 from graphopt.passes import FuseLossHead
 from graphopt.passes.loss_head.heads import HEADS, Head
 from graphopt.recipe import Options
+from graphopt.report.explain import explain_lines
 
 CLASSES, WIDTH, BATCH, TOKENS = 520, 12, 4, 65
 SMALL_CHUNKS = ["Canonicalize", FuseLossHead(chunk_bytes=32 * CLASSES * 4)]
@@ -85,6 +86,20 @@ def test_the_report_says_what_is_saved() -> None:
     (note,) = [n for n in fused(model, *inputs()).report.notes if "held" in n]
     size = BATCH * TOKENS * CLASSES * 4 / 2**20
     assert note.startswith(f"`linear` of {size:.3g} MiB (") and "test_loss_head.py:" in note
+
+
+def _one_sorted(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return HEADS["mean"](m, h, t), F.linear(h, m.teacher).sort(1)[0].sum()
+
+
+def test_each_large_product_is_explained() -> None:
+    report = graphopt.explain(Head(_one_sorted).train(), example_inputs=inputs())
+    saved, *_, where, why, at = explain_lines(report)
+    size = f"{BATCH * TOKENS * CLASSES * 4 / 2**20:.3g} MiB"
+    assert "is never held whole" in saved and size in saved
+    assert "test_loss_head.py:" in where
+    assert f"aten.sort mixes rows, so all of `linear_1` is needed ({size})" in why
+    assert "at node sort" in at
 
 
 def test_a_chunk_takes_the_memory_it_was_given() -> None:
