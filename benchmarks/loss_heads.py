@@ -1,13 +1,15 @@
-"""Cross entropy on large logits: memory and time of a step, forward and backward, interleaved.
+"""Losses on large logits: memory and time of a step, forward and backward, interleaved.
 
 Bound: three matrix products of 2 N D V FLOPs (forward, and the gradients of both factors), at the
-rate measured here for each of the three shapes. Memory is what allocators were asked for at once
-beyond the inputs; the gradients of both factors are in it. Peers: eager, torch.compile, torch's own
-``F.linear_cross_entropy`` with chunks, and Inductor's auto_chunker, forced to work.
+rate measured here for each of the three shapes; four for pairs, whose columns wait for all rows.
+Memory is what allocators were asked for at once beyond the inputs; the gradients of both factors are
+in it. Peers: eager, torch.compile, Inductor's auto_chunker, forced to work, and for cross entropies
+torch's own ``F.linear_cross_entropy`` with chunks.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -24,12 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 import graphopt
 
 ROUNDS = 5
-SETUPS = {
-    "N=2048 D=512 V=32000 float32": (2048, 512, 32000, torch.float32),
-    "N=2048 D=512 V=32000 bfloat16": (2048, 512, 32000, torch.bfloat16),
-    "SmolLM2-135M's head, 2048 tokens, float32": (2048, 576, 49152, torch.float32),
-}
-
 Step = Callable[[], Tensor]
 
 
@@ -42,17 +38,36 @@ class Head(nn.Module):
         return F.cross_entropy(F.linear(hidden, self.weight).float(), targets)
 
 
+class Pairs(Head):
+    """Symmetric InfoNCE (Radford et al. 2021)."""
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG002
+        x = F.normalize(hidden, dim=-1) @ F.normalize(self.weight, dim=-1).T / 0.07
+        own = torch.arange(x.shape[0], device=x.device)
+        return (F.cross_entropy(x, own) + F.cross_entropy(x.T, own)) / 2
+
+
+SETUPS = {
+    "N=2048 D=512 V=32000 float32": (Head, 2048, 512, 32000, torch.float32),
+    "N=2048 D=512 V=32000 bfloat16": (Head, 2048, 512, 32000, torch.bfloat16),
+    "SmolLM2-135M's head, 2048 tokens, float32": (Head, 2048, 576, 49152, torch.float32),
+    "symmetric pairs, N=8192 D=512 float32": (Pairs, 8192, 512, 8192, torch.float32),
+}
+
+
 def run(_data: Path | None) -> dict[str, object]:
     torch.set_num_threads(2)
     return {name: _setup(*sizes) for name, sizes in SETUPS.items()}
 
 
-def _setup(rows: int, width: int, classes: int, dtype: torch.dtype) -> dict[str, Any]:
+def _setup(
+    kind: type[Head], rows: int, width: int, classes: int, dtype: torch.dtype
+) -> dict[str, Any]:
     torch.manual_seed(0)
-    head = Head(width, classes, dtype).train()
+    head = kind(width, classes, dtype).train()
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
     targets = torch.randint(0, classes, (rows,))
-    exact = float(_exact(hidden, head.weight, targets))
+    exact = float(_exact(head, hidden, targets))
     peers = _peers(head, hidden, targets)
     found = {name: _measured(loss, head, hidden, exact) for name, loss in peers.items()}
     steps = {name: partial(_step, loss, head, hidden) for name, loss in peers.items()}
@@ -68,15 +83,17 @@ def _setup(rows: int, width: int, classes: int, dtype: torch.dtype) -> dict[str,
 
 def _peers(head: Head, hidden: Tensor, targets: Tensor) -> dict[str, Step]:
     fast = graphopt.compile(head, example_inputs=(hidden, targets))
-    chunks = nn.LinearCrossEntropyOptions()
-    own = partial(F.linear_cross_entropy, hidden, head.weight, targets, options=chunks)
-    return {
+    peers: dict[str, Step] = {
         "eager": partial(head, hidden, targets),
         "torch.compile": partial(torch.compile(head), hidden, targets),
-        "F.linear_cross_entropy, chunked": own,
         "auto_chunker": partial(_chunked_by_inductor(head), hidden, targets),
         "graphopt": partial(fast, hidden, targets),
     }
+    if not isinstance(head, Pairs):
+        chunks = nn.LinearCrossEntropyOptions()
+        own = partial(F.linear_cross_entropy, hidden, head.weight, targets, options=chunks)
+        peers["F.linear_cross_entropy, chunked"] = own
+    return peers
 
 
 def _chunked_by_inductor(head: Head) -> Callable[..., Tensor]:
@@ -99,12 +116,18 @@ def _step(loss: Step, head: Head, hidden: Tensor) -> Tensor:
     return value.detach()
 
 
-def _exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+@torch.no_grad()
+def _exact(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """In float64; rows by rows where they do not meet."""
+    if isinstance(head, Pairs):
+        wide = copy.deepcopy(head).double()
+        return wide(hidden.double(), targets)  # type: ignore[no-any-return]
+    weight = head.weight.double()
     parts = [
-        F.cross_entropy(h.double() @ weight.double().T, t, reduction="sum")
-        for h, t in zip(hidden.detach().split(128), targets.split(128), strict=True)
+        F.cross_entropy(h.double() @ weight.T, t, reduction="sum")
+        for h, t in zip(hidden.split(128), targets.split(128), strict=True)
     ]
-    return torch.stack([p.detach() for p in parts]).sum() / len(targets)
+    return torch.stack(parts).sum() / len(targets)
 
 
 def _measured(loss: Step, head: Head, hidden: Tensor, exact: float) -> dict[str, Any]:

@@ -63,10 +63,11 @@ def first_positions(
 def _first(fake: Any, value: Any, sizes: Mapping[Any, int]) -> Any:
     if not isinstance(value, Tensor):
         return value if _expression(fake) is None else _extent(fake, sizes)
+    given = value
     for dim, extent in enumerate(fake.shape):
         if _expression(extent) is not None:
             value = value.narrow(dim, 0, min(value.shape[dim], _extent(extent, sizes)))
-    return value
+    return given if value is given else _laid_out(value, given)
 
 
 def _fresh(fake: Any, example: Any, sizes: Mapping[Any, int], generator: torch.Generator) -> Any:

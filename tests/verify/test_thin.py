@@ -98,6 +98,7 @@ def test_sizes_that_are_dynamic_are_made_small_by_the_inputs() -> None:
     small = thinned(program, [FuseLossHead(min_bytes=0)])
     assert small is not None
     assert [tuple(x.shape[:2]) for x in small.program.example_inputs] == [(BATCH, SHORT)] * 2
+    assert all(x.is_contiguous() for x in small.program.example_inputs)
 
 
 def test_nothing_of_the_size_of_the_logits_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
