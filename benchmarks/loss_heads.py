@@ -2,9 +2,9 @@
 
 Bound: three matrix products of 2 N D V FLOPs (forward, and the gradients of both factors), at the
 rate measured here for each of the three shapes; four for pairs, whose columns wait for all rows.
-Memory is what allocators were asked for at once beyond the inputs; the gradients of both factors are
-in it. Peers: eager, torch.compile, Inductor's auto_chunker, forced to work, and for cross entropies
-torch's own ``F.linear_cross_entropy`` with chunks.
+Memory is what allocators were asked for at once beyond the inputs; the gradients of both factors
+are in it. Peers: eager, torch.compile, Inductor's auto_chunker, forced to work, and for cross
+entropies torch's own ``F.linear_cross_entropy`` with chunks.
 """
 
 from __future__ import annotations
