@@ -91,7 +91,7 @@ def _merged(head: Head, parts: _Spans) -> Summaries:
     scale = (parts.maximum - top).exp()
     total = (scale * parts.total).sum(0)
     own = parts.own.sum(0).where(counted(head), 0.0)
-    logit_sum = entropy = top.new_empty(0)
+    logit_sum, entropy = top.new_empty(0), top.new_empty(0)
     argmax = head.target.new_empty(0, dtype=torch.int64)
     if parts.summed is not None:
         logit_sum = parts.summed.sum(0)
