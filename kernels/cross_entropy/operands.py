@@ -71,17 +71,16 @@ def _differ(one: Any, other: Any) -> bool:
 def check_targets(head: Head) -> None:
     """Refuse targets that are no class.
 
-    On a GPU the check runs there, as torch's own losses do it: an assertion on the device that
-    surfaces at the next synchronisation and names no row. It reads the ``N`` targets in a handful
-    of launches, microseconds each, and waits for nothing. Kernels compare targets with classes
-    and never find memory by them.
+    On a GPU too: one reduction of the ``N`` targets, for which the host waits. While launches are
+    captured nothing can wait: an assertion on the device surfaces later and names no row. Kernels
+    compare targets with classes and never find memory by them.
 
     Raises:
-        IndexError: on a CPU; names the first row.
+        IndexError: names the first row.
     """
     target, classes = head.target, head.weight.shape[0]
     wrong = (target != head.ignore_index) & ((target < 0) | (target >= classes))
-    if target.device.type != "cpu":
+    if target.is_cuda and torch.cuda.is_current_stream_capturing():
         torch._assert_async(~wrong.any(), f"a target is out of range for {classes} classes")
     elif wrong.any():
         row = int(wrong.int().argmax())
