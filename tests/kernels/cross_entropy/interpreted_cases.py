@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from cross_entropy_calls import (
     ALONE_AND_IN_PAIRS,
     LIMITS,
@@ -23,9 +22,9 @@ from cross_entropy_calls import (
     make,
     weighted,
 )
+from interpreting import scalars_of_one_number  # noqa: F401 - a fixture of all cases
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter
 
 from graphopt.kernels.cross_entropy import cross_entropy_rows, kept_tiles, launch, reference
 from graphopt.kernels.cross_entropy.operands import Cotangents, Head
@@ -33,19 +32,6 @@ from graphopt.kernels.cross_entropy.operands import Cotangents, Head
 assert os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS[torch.bfloat16] = 8e-3
 """The interpreter cuts bfloat16 off where a GPU rounds it."""
-
-
-@pytest.fixture(autouse=True)
-def scalars_of_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 holds a scalar as an array of one number, which numpy 2.5 makes no index of."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    if triton.__version__.startswith("3.6"):
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 @pytest.fixture(autouse=True)
