@@ -6,7 +6,7 @@ none of their results is done before that step, all else after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -45,7 +45,7 @@ Reading = tuple[Step, Member]
 
 
 @dataclass(frozen=True)
-class _Kin:
+class Kin:
     """The members on one matrix with their steps, and the log-softmaxes between."""
 
     found: Sequence[Reading]
@@ -59,13 +59,18 @@ class _Kin:
     def own(self) -> set[str]:
         return {*self.results, *(step.name for step in self.logs)}
 
+    @property
+    def normalises(self) -> bool:
+        """Whether a softmax is needed."""
+        return any(normalises(step.target) for step in (*self.logs, *(s for s, _ in self.found)))
+
 
 def _fused(parsed: Parsed, matrix: Name) -> Parsed:
-    kin = _kin(parsed, matrix)
-    if not any(normalises(step.target) for step in (*kin.logs, *(s for s, _ in kin.found))):
+    kin = kin_of(parsed, matrix)
+    if not kin.normalises:
         return parsed
-    late = _dependents(parsed.steps, kin.results)
-    others = _others(kin, matrix)
+    late = dependents_of(parsed.steps, kin.results)
+    others = operands_of(kin, matrix)
     if late & others.keys():
         return parsed
     rest = [step for step in parsed.steps if step.name not in kin.own]
@@ -84,35 +89,42 @@ def _fused(parsed: Parsed, matrix: Name) -> Parsed:
     return parsed._replace(steps=[*before, together, *items, *after])
 
 
-def _kin(parsed: Parsed, matrix: Name) -> _Kin:
+def kin_of(parsed: Parsed, matrix: Name, read: Callable[..., Member | None] = reading) -> Kin:
+    """What reads a matrix and is of the kin.
+
+    Args:
+        read: which members there are, see `reading`.
+    """
     found, logs = [], []
-    for step in _readers(parsed, matrix):
-        inner = _inner(parsed, step)
+    for step in readers_of(parsed, matrix):
+        inner = _inner(parsed, step, read)
         if inner:
             logs.append(step)
             found += inner
-        elif (member := _member(step, matrix, of_log=False)) is not None:
+        elif (member := _member(step, matrix, read, of_log=False)) is not None:
             found.append((step, member))
-    return _Kin(found, logs)
+    return Kin(found, logs)
 
 
-def _inner(parsed: Parsed, step: Step) -> list[Reading]:
+def _inner(parsed: Parsed, step: Step, read: Callable[..., Member | None]) -> list[Reading]:
     """What reads a log-softmax; nothing where not all of that are members."""
     log = Name(step.name)
-    if not is_log(step.target, _given(step)) or log in parsed.results:
+    if not is_log(step.target, arguments_of(step)) or log in parsed.results:
         return []
-    readers = _readers(parsed, log)
-    members = [_member(reader, log, of_log=True) for reader in readers]
+    readers = readers_of(parsed, log)
+    members = [_member(reader, log, read, of_log=True) for reader in readers]
     return [(r, m) for r, m in zip(readers, members, strict=True) if m] if all(members) else []
 
 
-def _member(step: Step, matrix: Name, *, of_log: bool) -> Member | None:
-    given = _given(step)
+def _member(
+    step: Step, matrix: Name, read: Callable[..., Member | None], *, of_log: bool
+) -> Member | None:
+    given = arguments_of(step)
     alone = given.get("self") == matrix and list(names(step)).count(matrix) == 1
-    return reading(step.target, given, of_log=of_log) if alone else None
+    return read(step.target, given, of_log=of_log) if alone else None
 
 
-def _given(step: Step) -> dict[str, Any]:
+def arguments_of(step: Step) -> dict[str, Any]:
     """The arguments of a step by name."""
     if not isinstance(step.target, OpOverload):
         return {}
@@ -122,17 +134,17 @@ def _given(step: Step) -> dict[str, Any]:
     return {**given, **dict(positional), **step.kwargs}
 
 
-def _others(kin: _Kin, matrix: Name) -> dict[str, None]:
+def operands_of(kin: Kin, matrix: Name) -> dict[str, None]:
     """What the members read besides, in order."""
     inside = {matrix, *(step.name for step in kin.logs)}
     return dict.fromkeys(n for step, _ in kin.found for n in names(step) if n not in inside)
 
 
-def _readers(parsed: Parsed, name: Name) -> list[Step]:
+def readers_of(parsed: Parsed, name: Name) -> list[Step]:
     return [step for step in parsed.steps if name in names(step)]
 
 
-def _dependents(steps: Sequence[Step], results: Iterable[str]) -> set[str]:
+def dependents_of(steps: Sequence[Step], results: Iterable[str]) -> set[str]:
     """These values and all that is computed from them."""
     late = set(results)
     for step in steps:
@@ -141,10 +153,10 @@ def _dependents(steps: Sequence[Step], results: Iterable[str]) -> set[str]:
     return late
 
 
-def _is_free(parsed: Parsed, matrix: Name, kin: _Kin) -> bool:
+def _is_free(parsed: Parsed, matrix: Name, kin: Kin) -> bool:
     """Whether a matrix can be written over once the members have read it."""
     maker = next((step for step in parsed.steps if step.name == matrix), None)
     if matrix in parsed.results or not (maker is None or maker.target in _FRESH):
         return False
-    readers = _readers(parsed, matrix)
+    readers = readers_of(parsed, matrix)
     return all(step.name in kin.own or step.target in _BRIEF for step in readers)

@@ -48,11 +48,15 @@ class Member:
         """Weights ``(V,)`` for a sum of all classes."""
         return None
 
-    def fits(self, x: Tensor) -> bool:  # noqa: ARG002
+    def fits(self, x: Tensor) -> bool:
         """Whether the operands are such that columns give what the operator gives.
 
         Where it would raise an error they are not, so that it does.
         """
+        return self.matches(x)
+
+    def matches(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Whether their shapes and dtypes are such; values are not looked at."""
         return True
 
     def places(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
@@ -85,8 +89,11 @@ class Picked(Member):
         return (self.at,)
 
     def fits(self, x: Tensor) -> bool:
+        return self.matches(x) and _in_range(self.at, x)
+
+    def matches(self, x: Tensor) -> bool:
         shaped = self.at.dim() == 2 and self.at.shape[0] == x.shape[0]
-        return shaped and self.at.dtype == torch.int64 and _in_range(self.at, x)
+        return shaped and bool(self.at.dtype == torch.int64)
 
     def places(self, x: Tensor) -> Tensor:  # noqa: ARG002
         return self.at
@@ -120,13 +127,16 @@ class Loss(Member):
         return self.weight if self.smoothing else None
 
     def fits(self, x: Tensor) -> bool:
+        return self.matches(x) and _in_range(self._safe(), x)
+
+    def matches(self, x: Tensor) -> bool:
         target, weight = self.target, self.weight
         if target.dtype != torch.int64 or target.shape != x.shape[:1]:
             return False
         if weight is not None and (weight.requires_grad or weight.shape != x.shape[1:]):
             return False
         same = weight is None or weight.dtype == x.dtype
-        return same and 0 <= self.smoothing <= 1 and _in_range(self._safe(), x)
+        return same and 0 <= self.smoothing <= 1
 
     def _safe(self) -> Tensor:
         return self.target.where(self.target != self.ignored, 0)
@@ -204,6 +214,17 @@ class Top(Member):
         return _kept(c.top - c.norm if self.of_log else c.top, self.keepdim)
 
 
+@dataclass(frozen=True)
+class Best(Member):
+    """``argmax(x, 1)``, which is that of the log-softmax too."""
+
+    keepdim: bool
+
+    def give(self, c: Columns) -> Tensor:
+        assert c.best is not None
+        return _kept(c.best, self.keepdim)
+
+
 def _kept(column: Tensor, keepdim: bool) -> Tensor:
     return column if keepdim else column.squeeze(1)
 
@@ -266,6 +287,13 @@ def reading(target: Any, given: Given, *, of_log: bool) -> Member | None:
     if make is None or ("dim" in given and not _plain(given)):
         return None
     return make(given, of_log)
+
+
+def reading_best(target: Any, given: Given, *, of_log: bool) -> Member | None:
+    """As `reading`, and the argmax, which needs a sweep of its own where the matrix is held."""
+    if target is aten.argmax.default and _over_classes(given["dim"]):
+        return Best(of_log, given["keepdim"])
+    return reading(target, given, of_log=of_log)
 
 
 def is_log(target: Any, given: Given) -> bool:

@@ -41,6 +41,7 @@ class Columns(NamedTuple):
         top: the same, with its gradient.
         places: which were picked.
         classes: V.
+        best: where the largest number is, first of equals.
     """
 
     norm: Tensor
@@ -51,6 +52,7 @@ class Columns(NamedTuple):
     top: Tensor | None
     places: Tensor | None
     classes: int
+    best: Tensor | None = None
 
 
 def columns(x: Tensor, wanted: Wanted) -> Columns:

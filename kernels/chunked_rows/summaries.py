@@ -38,14 +38,14 @@ class Summaries:
         values = dict(zip(self.names, given, strict=True))
         x = given[0]
         if x.dim() != 2 or not x.shape[1] or x.dtype not in _FLOATS:
-            return self._plainly(values)
-        members = [_with(member, values) for member in self.members]
+            return self.plainly(values)
+        members = [filled_in(member, values) for member in self.members]
         weights = {id(w): w for m in members if (w := m.weight_of_all) is not None}
         if len(weights) > 1 or not all(m.fits(x) for m in members):
-            return self._plainly(values)
-        like = self._plainly(values, few=True) if x.element_size() < 4 else None
+            return self.plainly(values)
+        like = self.plainly(values, few=True) if x.element_size() < 4 else None
         made = self._summed_up(x, members, next(iter(weights.values()), None))
-        return made if like is None else list(map(_as, made, like))
+        return made if like is None else list(map(cast_as, made, like))
 
     def _summed_up(self, x: Tensor, members: Sequence[Member], weight: Tensor | None) -> list[Any]:
         places = [m.places(x) for m in members]
@@ -62,7 +62,7 @@ class Summaries:
         parts = [found if i is None else found._replace(own=next(own), places=i) for i in places]
         return [m.give(part) for m, part in zip(members, parts, strict=True)]
 
-    def _plainly(self, values: dict[str, Any], *, few: bool = False) -> list[Any]:
+    def plainly(self, values: dict[str, Any], *, few: bool = False) -> list[Any]:
         """By the operators themselves.
 
         Args:
@@ -77,15 +77,15 @@ class Summaries:
         return [values[name] for name in self.results]
 
 
-def _with(member: Member, values: dict[str, Any]) -> Member:
+def filled_in(member: Member, values: dict[str, Any]) -> Member:
     """With values in place of names."""
     return replace(
         member, **{f.name: filled(getattr(member, f.name), values) for f in fields(member)}
     )
 
 
-def _as(made: Any, like: Any) -> Any:
+def cast_as(made: Any, like: Any) -> Any:
     """In the dtypes of other results."""
     if isinstance(made, Tensor):
         return made.to(like.dtype)
-    return tuple(map(_as, made, like))
+    return tuple(map(cast_as, made, like))
