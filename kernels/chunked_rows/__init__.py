@@ -13,6 +13,8 @@ Where the one result with a gradient is a sum, its gradients are taken in the fo
 cotangent of one, which spares computing it again: three products of ``2 N D V`` FLOPs are the
 bound. (Not in float16, whose range needs the cotangent first.)
 
+On a GPU, what is of the kin and no more runs by Triton kernels that hold no chunk, see `dispatch`.
+
 A second derivative goes through the products as eager mode has them, in its memory; so do
 ``torch.func`` and forward-mode differentiation. ``vmap`` over the operator is refused by torch.
 """

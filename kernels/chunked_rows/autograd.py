@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.chunks import evaluate
+from graphopt.kernels.chunked_rows.dispatch import evaluated
 from graphopt.kernels.chunked_rows.operands import Operands, check, grouped
 from graphopt.kernels.chunked_rows.operator import (
     Settings,
@@ -123,10 +124,15 @@ def _with_autograd(
         with casting(tensors, settings[3]):
             return evaluate(read(body), operands)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        with casting(tensors, settings[3]):
+            found = evaluated(read(body), operands, settings[3])
+        if found is not None:
+            pairs = zip(found, differentiable, strict=True)
+            return [r if has_gradient else r.detach() for r, has_gradient in pairs]
         return list(_ChunkedRows.apply(operands.counts, settings, *tensors))
     with torch._C._AutoDispatchBelowAutograd():
-        found: list[Tensor] = chunked_rows(hidden, weight, rows, whole, *settings)
-    return found
+        made: list[Tensor] = chunked_rows(hidden, weight, rows, whole, *settings)
+    return made
 
 
 def _autocast(tensor: Tensor) -> torch.dtype | None:

@@ -15,6 +15,7 @@ list, where there is one, holds matrices ``(n, V)`` whose columns are summed up 
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from graphopt.kernels.chunked_rows.fusing import fused
 from graphopt.kernels.chunked_rows.parsing import Parsed, filled, names, parse
+from graphopt.kernels.chunked_rows.swept import swept, wide
 
 
 class Results(NamedTuple):
@@ -53,12 +55,22 @@ class Body:
         """
         return Body(fused(self._parsed))
 
-    def __call__(self, tensors: list[Tensor]) -> Results:
+    @cached_property
+    def swept(self) -> tuple[Body, Set[str]] | None:
+        """The same body on a `Product` that is not held, and its `wide` parameters.
+
+        ``None`` where it needs more of the product than one sweep gives.
+        """
+        found = swept(self._parsed)
+        return None if found is None else (Body(found), wide(found))
+
+    def __call__(self, tensors: list[Any]) -> Results:
         """Values per row, sums, and matrices of columns.
 
         Args:
-            tensors: one per parameter, each with ``n`` rows or whole. The list is emptied, so that
-                a large matrix can be freed after the step that reads it last.
+            tensors: one per parameter, each with ``n`` rows or whole; the first of a swept body is
+                a `Product`. The list is emptied, so that a large matrix can be freed after the
+                step that reads it last.
 
         Raises:
             ValueError: a result does not have ``n`` rows, a sum has axes, or a matrix not two.

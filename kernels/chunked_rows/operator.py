@@ -19,6 +19,7 @@ from torch import Tensor
 from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.chunks import Loop
 from graphopt.kernels.chunked_rows.columns import none_added
+from graphopt.kernels.chunked_rows.dispatch import evaluated
 from graphopt.kernels.chunked_rows.gradients import Cotangents
 from graphopt.kernels.chunked_rows.operands import Operands, cast, check, grouped, products
 
@@ -65,7 +66,8 @@ def _run(
     operands = Operands(hidden, weight, rows, whole)
     loop = _loop(operands, (body, chunk_bytes, differentiable, autocast))
     with torch.no_grad(), casting(hidden, autocast):
-        return loop.run()
+        found = evaluated(loop.body, operands, autocast)
+        return loop.run() if found is None else found
 
 
 def _run_with_gradients(

@@ -1,0 +1,442 @@
+"""``graphopt::chunked_rows`` by a sweep in place of chunks: run by `test_dispatch`.
+
+Apart from other tests, in a process that has ``TRITON_INTERPRET=1`` before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cross_entropy_calls import LIMITS
+from heads import CROSS_ENTROPY, DISTILLATION, PAIRS, PER_ROW, SELECTED, Z_LOSS, Call, Head, make
+from heads import assert_close as close
+from interpreting import scalars_of_one_number  # noqa: F401 - a fixture of all cases
+from torch import Tensor
+
+from graphopt.kernels.chunked_rows import dispatch, read
+from graphopt.kernels.chunked_rows.chunks import Loop
+from graphopt.kernels.cross_entropy import launch, reference
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+LIMITS[torch.bfloat16] = 8e-3
+"""The interpreter cuts bfloat16 off where a GPU rounds it."""
+
+LOSS = "aten.cross_entropy_loss.default"
+
+
+def head(
+    name: str,
+    lines: str,
+    results: str = "[a], []",
+    *,
+    flags: tuple[bool, ...] = (True,),
+    rows: tuple[str, ...] = ("target",),
+    whole: tuple[str, ...] = (),
+    products: int = 1,
+) -> Head:
+    """A body whose eager mode is its own text on whole matrices."""
+    parameters = ", ".join([*["x", "y"][:products], *rows, *whole])
+    steps = lines.split("; ")
+    body = "\n    ".join([f"def body({parameters}):", *steps, f"return {results}"])
+
+    def dense(*tensors: Tensor) -> list[Tensor]:
+        rows, sums, matrices = read(body)([*tensors])
+        return [*rows, *sums, *(m.logsumexp(0) for m in matrices)]
+
+    return Head(name, body, dense, flags, rows, whole, products)
+
+
+CAP = "b = aten.div.Tensor(x, 3.0); c = aten.tanh.default(b); z = aten.mul.Tensor(c, 3.0); "
+KIN = [
+    CROSS_ENTROPY,
+    Z_LOSS,
+    head(
+        "mean, as the pass spells it",
+        f"u = aten.unsqueeze.default(some, 1); t = aten.squeeze.dim(u, 1); "
+        f"l = {LOSS}(x, t, None, 0, -100, 0.0); m = aten.unsqueeze.default(l, 1); "
+        "n = aten.mul.Tensor(m, heat); a = aten.sum.default(n)",
+        "[], [a]",
+        rows=("some",),
+        whole=("heat",),
+    ),
+    head("smoothed", f"a = {LOSS}(x, some, None, 0, -100, 0.3)", rows=("some",)),
+    head("smoothed sum", f"a = {LOSS}(x, some, None, 2, -100, 0.3)", "[], [a]", rows=("some",)),
+    head("a class ignored", f"a = {LOSS}(x, target, None, 0, 1)"),
+    head(
+        "class weights",
+        f"a = {LOSS}(x, some, classes, 0, -100)",
+        rows=("some",),
+        whole=("classes",),
+    ),
+    head(
+        "weighted rows",
+        f"l = {LOSS}(x, target, None, 0); a = aten.mul.Tensor(l, scale)",
+        rows=("target", "scale"),
+    ),
+    head(
+        "mean and z-loss, as the pass spells it",
+        f"l = {LOSS}(x, some, None, 0, -100, 0.0); m = aten.unsqueeze.default(l, 1); "
+        "n = aten.logsumexp.default(x, [1], True); p = aten.pow.Tensor_Scalar(n, 2); "
+        "q = aten.mul.Tensor(p, 0.001); r = aten.mul.Tensor(m, heat); "
+        "s = aten.add.Tensor(r, q); a = aten.sum.default(s)",
+        "[], [a]",
+        rows=("some",),
+        whole=("heat",),
+    ),
+    head(
+        "bias and cap",
+        f"v = aten.add.Tensor(x, bias); {CAP.replace('(x', '(v')}a = {LOSS}(z, target, None, 0)",
+        whole=("bias",),
+    ),
+    head(
+        "bias that is scaled, and another cap",
+        "v = aten.add.Tensor(bias, x); w = aten.mul.Tensor(v, 0.7); c = aten.tanh.default(w); "
+        f"z = aten.mul.Scalar(c, 5); a = {LOSS}(z, target, None, 0)",
+        whole=("bias",),
+    ),
+    head(
+        "scaled, then a bias",
+        "v = aten.div.Tensor(x, 0.7); w = aten.add.Tensor(v, bias); "
+        f"z = aten._to_copy.default(w, dtype=torch.float32); a = {LOSS}(z, target, None, 0)",
+        whole=("bias",),
+    ),
+    head(
+        "selected log-probabilities, accuracy, sums",
+        "z = aten._to_copy.default(x, dtype=torch.float32); l = aten.log_softmax.int(z, -1); "
+        "a = aten.gather.default(l, 1, index); m = aten.mean.dim(l, [1]); "
+        "b = aten.argmax.default(z, 1, True); e = aten.eq.Tensor(b, index); "
+        "g = aten.sum.dim_IntList(z, [1], True)",
+        "[a, b, e, m, g], []",
+        flags=(True, False, False, True, True),
+        rows=("index",),
+    ),
+    head(
+        "two losses of one target",
+        f"t = aten.squeeze.dim(index, 1); b = {LOSS}(x, t, None, 0, {-(2**63) + 1}, 0.1); "
+        f"c = {LOSS}(x, t, None, 0, {-(2**63) + 1}); a = aten.add.Tensor(c, b)",
+        rows=("index",),
+    ),
+    head(
+        "nll",
+        "l = aten._log_softmax.default(x, 1, False); a = aten.nll_loss.default(l, some, None, 0)",
+        rows=("some",),
+    ),
+    head("log-sum-exp alone", "a = aten.logsumexp.default(x, [-1], True)"),
+]
+MISSES = [
+    DISTILLATION,
+    PAIRS,
+    PER_ROW,
+    SELECTED,
+    head(
+        "a second product", f"z = aten.add.Tensor(x, y); a = {LOSS}(z, target, None, 0)", products=2
+    ),
+    head(
+        "one more reader of the matrix",
+        f"b = {LOSS}(x, target, None, 0); c = aten.amin.default(x, [1]); a = aten.add.Tensor(b, c)",
+    ),
+    head(
+        "a reader of the product",
+        f"z = aten.mul.Tensor(x, 2.0); b = {LOSS}(z, target, None, 0); "
+        "c = aten.sum.dim_IntList(x, [1]); a = aten.add.Tensor(b, c)",
+    ),
+    head("columns", f"a = {LOSS}(x, target, None, 0)", "[a], [], [x]", flags=(True, True)),
+    head(
+        "the matrix in another dtype",
+        f"z = aten._to_copy.default(x, dtype=torch.float64); a = {LOSS}(z, target, None, 0)",
+    ),
+    head("an operator of another kind", f"z = aten.exp.default(x); a = {LOSS}(z, target, None, 0)"),
+    head(
+        "a bias after the cap",
+        CAP + f"w = aten.add.Tensor(z, bias); a = {LOSS}(w, target, None, 0)",
+        whole=("bias",),
+    ),
+    head("a cap below zero", CAP.replace("c, 3.0", "c, -3.0") + f"a = {LOSS}(z, target, None, 0)"),
+    head(
+        "a number of each row for a bias",
+        f"z = aten.add.Tensor(x, index); a = {LOSS}(z, target, None, 0)",
+        rows=("target", "index"),
+    ),
+    head(
+        "a bias twice over",
+        f"z = aten.add.Tensor(x, bias, alpha=2); a = {LOSS}(z, target, None, 0)",
+        whole=("bias",),
+    ),
+    head(
+        "two targets",
+        f"b = {LOSS}(x, target, None, 0); c = aten.gather.default(x, 1, index); "
+        "d = aten.squeeze.dim(c, 1); a = aten.add.Tensor(b, d)",
+        rows=("target", "index"),
+    ),
+    head(
+        "two ignored classes",
+        f"b = {LOSS}(x, target, None, 0); "
+        f"c = {LOSS}(x, target, None, 0, 1); a = aten.add.Tensor(b, c)",
+    ),
+    head(
+        "class weights read otherwise",
+        f"b = {LOSS}(x, target, classes, 0); "
+        "s = aten.sum.default(classes); a = aten.div.Tensor(b, s)",
+        whole=("classes",),
+    ),
+    head(
+        "a result beside",
+        f"a = {LOSS}(x, target, None, 0); b = aten.neg.default(scale)",
+        "[a, b], []",
+        flags=(True, True),
+        rows=("target", "scale"),
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(dispatch, "by_triton", lambda _: True)
+
+
+@contextmanager
+def refused(where: Any, *names: str) -> Iterator[None]:
+    """These must not run inside."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("this ran")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(where, name, refuse)
+        yield
+
+
+@contextmanager
+def by_a_sweep() -> Iterator[None]:
+    with refused(Loop, "_chunks"), refused(reference, "forward", "backward"):
+        yield
+
+
+@contextmanager
+def by_chunks() -> Iterator[None]:
+    with refused(launch, "forward", "backward"):
+        yield
+
+
+def as_exact(call: Call, limit: float) -> None:
+    """Results and gradients against float64 eager mode; dtypes those of eager mode."""
+    exact = call.to(torch.float64)
+    found, wanted, eager = call.chunked(), exact.dense(), call.dense()
+    assert [f.dtype for f in found] == [e.dtype for e in eager]
+    assert [f.requires_grad for f in found] == list(call.head.differentiable)
+    close(found, wanted, limit)
+    gradients = call.gradients(found)
+    assert [g.dtype for g in gradients] == [t.dtype for t in call.leaves]
+    close(gradients, exact.gradients(wanted), limit)
+
+
+@pytest.mark.parametrize("sizes", [(5, 123, 7), (67, 257, 33)], ids=str)
+@pytest.mark.parametrize("case", KIN, ids=str)
+def test_kin(case: Head, sizes: tuple[int, int, int]) -> None:
+    with by_a_sweep():
+        as_exact(make(case, *sizes), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", KIN, ids=str)
+def test_kin_in_narrow_dtypes(case: Head, dtype: torch.dtype) -> None:
+    call = unit(make(case, 37, 123, 7)).to(dtype)
+    scaled = any(s in case.name for s in ("scaled",)) and dtype == torch.float16
+    with by_chunks() if scaled else by_a_sweep():
+        as_exact(call, 2e-2 if scaled else LIMITS[dtype])
+
+
+@pytest.mark.parametrize("case", KIN, ids=str)
+def test_kin_without_gradients(case: Head) -> None:
+    call = make(case, 37, 123, 7)
+    with by_a_sweep():
+        with torch.no_grad():
+            found = call.chunked()
+        with torch.inference_mode():
+            close(call.chunked(), found, 0.0)
+    close(found, call.to(torch.float64).dense(), 1e-5)
+    assert not any(f.requires_grad for f in found)
+
+
+def unit(call: Call) -> Call:
+    """With logits of one, whose losses narrow dtypes hold."""
+    with torch.no_grad():
+        for hidden in call.hidden:
+            hidden /= hidden.shape[1] ** 0.5
+    return call
+
+
+@pytest.mark.parametrize("case", MISSES, ids=str)
+def test_near_misses(case: Head) -> None:
+    with by_chunks():
+        as_exact(make(case, 5, 123, 7), 1e-5)
+
+
+def _turned(call: Call) -> Call:
+    weight = [w.detach().T.contiguous().T.requires_grad_() for w in call.weight]
+    return replace(call, weight=weight)
+
+
+def _soft(call: Call) -> Call:
+    return replace(call, rows=[torch.rand(5, 123, dtype=torch.float32).softmax(1)])
+
+
+def _three_numbers_a_row(call: Call) -> Call:
+    """Columns that the body would make of them could be many."""
+    case = head(
+        "weighted thrice",
+        f"l = {LOSS}(x, target, None, 0); m = aten.unsqueeze.default(l, 1); "
+        "a = aten.mul.Tensor(m, scale)",
+        rows=("target", "scale"),
+    )
+    return replace(call, head=case, rows=[*call.rows, torch.rand(5, 3).requires_grad_()])
+
+
+def _empty(call: Call) -> Call:
+    return make(call.head, 0, 123, 7)
+
+
+ODD: dict[str, Callable[[Call], Call]] = {
+    "float64": lambda call: call.to(torch.float64),
+    "a weight by columns": _turned,
+    "soft targets": _soft,
+    "three numbers a row": _three_numbers_a_row,
+    "no rows": _empty,
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_operands_for_chunks(odd: str) -> None:
+    call = ODD[odd](make(CROSS_ENTROPY, 5, 123, 7))
+    with by_chunks():
+        found = call.chunked()
+        close(found, call.to(torch.float64).dense(), 1e-5)
+        call.gradients(found)
+
+
+@pytest.mark.parametrize("wrong", [-1, 123])
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_class_that_does_not_exist_is_named_by_its_row(wrong: int, recording: bool) -> None:
+    for case in (CROSS_ENTROPY, KIN[12]):
+        call = make(case, 5, 123, 7)
+        call.rows[0][3] = wrong
+        with torch.set_grad_enabled(recording), pytest.raises(IndexError, match="row 3: "):
+            call.chunked()
+
+
+@pytest.mark.parametrize("ignored", [-100, 0])
+def test_targets_to_ignore_are_no_classes_where_they_are_gathered(ignored: int) -> None:
+    call = make(KIN[12], 5, 123, 7)
+    call.rows[0][:, 0] = ignored
+    if ignored < 0:
+        with pytest.raises(IndexError, match="row 0: "):
+            call.chunked()
+    else:
+        as_exact(call, 1e-5)
+
+
+def test_all_rows_are_ignored() -> None:
+    for case in (c for c in KIN if c.rows[:1] == ("some",) and "z-loss" not in c.name):
+        call = make(case, 5, 123, 7)
+        call.rows[0].fill_(-100)
+        with by_a_sweep():
+            found = call.chunked()
+            assert not any(f.any() for f in found)
+            assert not any(g.any() for g in call.gradients(found))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_targets_of_other_kinds_end_as_in_eager_mode(kind: torch.dtype) -> None:
+    call = make(CROSS_ENTROPY, 5, 123, 7)
+    call = replace(call, rows=[call.rows[0].to(kind)])
+    try:
+        wanted = call.dense()
+    except (RuntimeError, IndexError):
+        with by_chunks(), pytest.raises((RuntimeError, IndexError)):
+            call.chunked()
+    else:
+        close(call.chunked(), wanted, 1e-5)
+
+
+def test_autocast() -> None:
+    call = unit(make(CROSS_ENTROPY, 37, 123, 7))
+    exact = call.to(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16), by_a_sweep():
+        found, eager = call.chunked(), call.dense()
+    assert [f.dtype for f in found] == [e.dtype for e in eager]
+    close(found, exact.dense(), 8e-3)
+    with by_a_sweep():
+        gradients = call.gradients(found)
+    assert [g.dtype for g in gradients] == [torch.float32] * 2
+    close(gradients, exact.gradients(exact.dense()), 1.6e-2)
+
+
+def test_a_frozen_operand_and_a_second_backward_pass() -> None:
+    call = make(Z_LOSS, 37, 123, 7)
+    call.weight[0].requires_grad_(False)
+    exact = call.to(torch.float64)
+    with by_a_sweep():
+        loss = call.loss(call.chunked())
+        twice = [torch.autograd.grad(loss, call.leaves, retain_graph=True) for _ in range(2)]
+    for gradients in twice:
+        close(gradients, exact.gradients(exact.dense()), 1e-5)
+
+
+def test_a_second_derivative() -> None:
+    call = make(CROSS_ENTROPY, 5, 23, 7)
+    exact, found = call.to(torch.float64), []
+    for each, results in ((call, call.chunked()), (exact, exact.dense())):
+        first = torch.autograd.grad(each.loss(results), each.leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), each.leaves))
+    close(*found, 1e-5)
+
+
+def test_results_are_memory_of_their_own() -> None:
+    call = make(KIN[-1], 5, 123, 7)
+    (found,) = call.chunked()
+    wanted = call.to(torch.float64)
+    expected = wanted.gradients(wanted.dense())
+    loss = call.loss([found])
+    found.detach().zero_()
+    close(torch.autograd.grad(loss, call.leaves), expected, 1e-5)
+
+
+def test_gradients_of_a_bfloat16_weight_are_summed_in_float32() -> None:
+    """The slopes of 2048 rows are each far below the rounding of their sum."""
+    call = make(CROSS_ENTROPY, 2048, 3, 2).to(torch.bfloat16)
+    with torch.no_grad():
+        call.hidden[0].fill_(1.0)
+        call.weight[0].zero_()
+    call.rows[0].zero_()
+    with by_a_sweep():
+        (found,) = torch.autograd.grad(call.chunked()[0], call.weight)
+    slope = torch.tensor([-2 / 3, 1 / 3, 1 / 3], dtype=torch.float64) * 2048
+    close([found], [slope[:, None].expand(3, 2)], 4e-3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic: bool) -> None:
+    compiled = torch.compile(
+        lambda *t: replace(base, hidden=[t[0]], weight=[t[1]], rows=[t[2]]).chunked()[0],
+        backend="aot_eager",
+        dynamic=dynamic,
+        fullgraph=True,
+    )
+    for n in (5, 9):
+        base = make(CROSS_ENTROPY, n, 123, 7)
+        exact = base.to(torch.float64)
+        with by_a_sweep():
+            loss = compiled(base.hidden[0], base.weight[0], base.rows[0])
+            gradients = base.gradients([loss])
+            with torch.no_grad():
+                close([compiled(base.hidden[0], base.weight[0], base.rows[0])], [loss], 1e-6)
+        close([loss], exact.dense(), 1e-5)
+        close(gradients, exact.gradients(exact.dense()), 1e-5)
