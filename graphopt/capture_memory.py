@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -98,7 +99,12 @@ def memory_of(graph_module: fx.GraphModule, fakes: Sequence[Any]) -> Memory:
         CaptureError: a value with a gradient history is written where autograd does not see it.
     """
     gradients, mode = torch.is_grad_enabled(), mode_of(fakes)
-    with mode, _unbacked_symbols_ignored(mode), torch.set_grad_enabled(gradients):
+    with (
+        enable_python_dispatcher(),
+        mode,
+        _unbacked_symbols_ignored(mode),
+        torch.set_grad_enabled(gradients),
+    ):
         inputs = [_own(f) for f in fakes]
         run = EagerRun(graph_module, inputs if gradients else (), mode)
         with run.watch:
