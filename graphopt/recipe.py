@@ -94,11 +94,11 @@ def rewrite_program(
     start = time.perf_counter()
     captured = _certify_capture(program, eager, report)
     program = _conceded(program, passes)
-    thin = thinned(program, passes)
+    thin = thinned(program, passes, report.notes)
     context = Context.of(program, thin, strict=options.strict, measure=options.measure)
     context.inputs += _calibration_inputs(program, options.calibration, thin)
     context.report, context.progress = report, options.progress
-    report.notes += [*context.skipped, *(thin.notes if thin else ())]
+    report.notes += context.skipped
     optimized = run_passes(program, passes, context)
     options.progress("verify the whole")
     report.verified = certify(program, optimized, context, name="whole program") and captured

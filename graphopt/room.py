@@ -36,23 +36,25 @@ def crowded(
         sizes: symbol -> size; symbols left out have the size of the capture.
     """
     values = [n for n in program.graph.nodes if isinstance(val(n), Tensor)]
-    largest: fx.Node | None = max(values, key=lambda n: _bytes(val(n), sizes or {}), default=None)
+    largest: fx.Node | None = max(values, key=lambda n: nbytes(val(n), sizes), default=None)
     if largest is None:
         return None
-    size, free = _bytes(val(largest), sizes or {}), free_bytes(val(largest).device)
+    size, free = nbytes(val(largest), sizes), free_bytes(val(largest).device)
     if copies * size <= free:
         return None
     return f"`{largest.name}` alone takes {_gib(size)}, where {_gib(free)} are free"
 
 
-def _bytes(fake: Tensor, sizes: Mapping[Any, int]) -> int:
-    return math.prod(_extent(n, sizes) for n in fake.shape) * fake.element_size()
+def nbytes(fake: Tensor, sizes: Mapping[Any, int] | None = None) -> int:
+    """Bytes of a value, with sizes as `extent` takes them."""
+    return math.prod(extent(n, sizes) for n in fake.shape) * fake.element_size()
 
 
-def _extent(size: Any, sizes: Mapping[Any, int]) -> int:
+def extent(size: Any, sizes: Mapping[Any, int] | None = None) -> int:
+    """A size as a number: by the values of its symbols, else as it was at capture."""
     if isinstance(size, int):
         return size
-    known = size.node.expr.subs(sizes)
+    known = size.node.expr.subs(sizes or {})
     if known.is_Integer:
         return int(known)
     return int(size.node.hint) if size.node.has_hint() else 0  # decided by values, as nonzero is

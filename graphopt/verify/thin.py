@@ -19,11 +19,13 @@ import sympy
 from torch import fx
 
 from graphopt.analysis.axis_rules.sizes import Size, size_of
+from graphopt.capture_errors import first_line
 from graphopt.errors import GraphoptError
 from graphopt.program import Program, val
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Axis, Pass
 from graphopt.rewrite.subgraph import Subgraph
+from graphopt.room import extent, nbytes
 from graphopt.verify.inputs import accepts, first_positions, symbols_of
 from graphopt.verify.measure import Measure
 from graphopt.verify.replay import Verdict
@@ -51,14 +53,12 @@ class Thin:
         original: as captured.
         program: with the passes so far.
         sizes: symbols in the shapes of user inputs that are smaller than in the example.
-        notes: in words, what was cut.
         apart: keys of rewrites that only the copy would have.
     """
 
     original: Program
     program: Program
     sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     apart: set[Key] = field(default_factory=set)
 
     def inputs(self, flat: Sequence[Any]) -> list[Any]:
@@ -115,11 +115,14 @@ def _blanked(text: str) -> str:
 _NUMBER = re.compile(r"(?<![\w.])\d[\w.]*(?:e[-+]\d+)?")
 
 
-def thinned(program: Program, passes: Sequence[Pass]) -> Thin | None:
+def thinned(program: Program, passes: Sequence[Pass], told: list[str]) -> Thin | None:
     """A copy with fewer rows in large values; ``None`` where there are none, or it cannot be made.
 
     Axes with a symbolic size become short through the example inputs, all others by cutting what
     large values are computed from.
+
+    Args:
+        told: gets, in words, what was cut, or why nothing could be.
     """
     twin = program.copy()
     notes: list[str] = []
@@ -133,15 +136,16 @@ def thinned(program: Program, passes: Sequence[Pass]) -> Thin | None:
             return None
         twin.example_inputs = tuple(first_positions(twin, twin.example_inputs, sizes))
         run_program(twin, twin.example_inputs, wide=False, grad=False)
-    except (GraphoptError, RuntimeError, IndexError, ValueError):
+    except (GraphoptError, RuntimeError, IndexError, ValueError) as error:
+        told.append(f"large values are verified whole: {first_line(error)}")
         return None
-    return Thin(twin, twin, sizes, notes)
+    told += notes
+    return Thin(twin, twin, sizes)
 
 
 def _is_large(axes: Sequence[Axis]) -> bool:
-    value = val(axes[0][0].node)
-    size = prod(map(_hint, value.shape)) * value.element_size()
-    return prod(map(_extent, axes)) > 2 * ROWS and size >= LARGE
+    rows = prod(map(_extent, axes))
+    return rows > 2 * ROWS and nbytes(val(axes[0][0].node)) >= LARGE
 
 
 def _is_cut(axes: Sequence[Axis], sizes: Collection[sympy.Symbol]) -> bool:
@@ -157,11 +161,7 @@ def _size(axis: Axis) -> Size:
 
 
 def _extent(axis: Axis) -> int:
-    return _hint(val(axis[0].node).shape[axis[0].dim])
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    return extent(val(axis[0].node).shape[axis[0].dim])
 
 
 def _cut(program: Program, axes: Sequence[Axis], sizes: dict[sympy.Symbol, int]) -> str:

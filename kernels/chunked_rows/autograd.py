@@ -16,6 +16,7 @@ from graphopt.kernels.chunked_rows.operands import Operands, check, grouped
 from graphopt.kernels.chunked_rows.operator import (
     Settings,
     Tensors,
+    autocast_of,
     casting,
     chunked_rows,
     library,
@@ -118,7 +119,7 @@ def _with_autograd(
 ) -> list[Tensor]:
     operands = Operands(hidden, weight, rows, whole)
     check(operands, read(body), chunk_bytes, len(differentiable))
-    settings = (body, chunk_bytes, list(differentiable), autocast or _autocast(hidden[0]))
+    settings = (body, chunk_bytes, list(differentiable), autocast or autocast_of(hidden[0]))
     tensors = operands.all
     if _transformed(tensors):
         with casting(tensors, settings[3]):
@@ -133,11 +134,6 @@ def _with_autograd(
     with torch._C._AutoDispatchBelowAutograd():
         made: list[Tensor] = chunked_rows(hidden, weight, rows, whole, *settings)
     return made
-
-
-def _autocast(tensor: Tensor) -> torch.dtype | None:
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _transformed(tensors: Tensors) -> bool:

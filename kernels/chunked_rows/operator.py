@@ -47,6 +47,12 @@ def casting(tensors: Tensors, dtype: torch.dtype | None) -> AbstractContextManag
     return nullcontext() if dtype is None else torch.autocast(tensors[0].device.type, dtype)
 
 
+def autocast_of(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region that is open for a tensor's device."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _loop(operands: Operands[Tensor], settings: Settings) -> Loop:
     body, chunk_bytes, differentiable, autocast = settings
     check(operands, read(body), chunk_bytes, len(differentiable))

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.operands import Operands, check, grouped
-from graphopt.kernels.chunked_rows.operator import library
+from graphopt.kernels.chunked_rows.operator import autocast_of, library
 from graphopt.kernels.deferred.dense import dense, kind_of, like
 from graphopt.kernels.deferred.origin import Product
 from graphopt.kernels.deferred.tensor import DeferredTensor
@@ -42,7 +42,7 @@ def _deferred(
 ) -> Tensor:
     operands = Operands(hidden, weight, rows, whole)
     _check(operands, body)
-    settings = (body, autocast or _autocast(hidden[0]))
+    settings = (body, autocast or autocast_of(hidden[0]))
     if _only_shapes_matter(operands.all):
         return like(body, operands, settings[1])
     if _traced(operands.all):
@@ -104,11 +104,6 @@ class _Deferred(torch.autograd.Function):
                 )
             )
         return None, None, *(next(found) if w else None for w in ctx.wanted)
-
-
-def _autocast(tensor: Tensor) -> torch.dtype | None:
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _only_shapes_matter(tensors: Tensors) -> bool:

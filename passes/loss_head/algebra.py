@@ -14,10 +14,11 @@ from graphopt.passes.loss_head.registry import (
     called,
     dims_named,
     handles,
+    name_of,
     over_rows,
 )
 from graphopt.passes.loss_head.totals import Total
-from graphopt.program import operator_name, val
+from graphopt.program import val
 from graphopt.rewrite import Refusal
 
 if TYPE_CHECKING:
@@ -70,9 +71,8 @@ def along_classes(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found
 def reduced(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | Total:
     """Over the classes in the body; over all rows besides, behind it."""
     dims, main = dims_named(node, given.get("dim")), given["self"]
-    name = operator_name(node.target).removeprefix("aten.").partition(".")[0]
-    kind = _dtype(given)
-    target = aten.sum.dim_IntList if name == "sum" else aten.mean.dim
+    mean, kind = name_of(node) == "mean", _dtype(given)
+    target = aten.mean.dim if mean else aten.sum.dim_IntList
     rows, width = set(t.row_dims(main)), t.width_dim(main)
     if not rows & dims:
         refusal = t.only_classes(node, dims)
@@ -80,7 +80,7 @@ def reduced(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | Tot
     if not rows <= dims or (width is not None and width not in dims):
         return Refusal("it reduces some of the rows", node)
     column = t.body(target, t.values[main], [1], True, **kind)
-    return over_rows(t, column, main, mean=name == "mean")
+    return over_rows(t, column, main, mean=mean)
 
 
 @handles(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import fx
 from graphopt.kernels.chunked_rows import chunked_rows
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, arguments
+from graphopt.room import nbytes
 
 aten = torch.ops.aten
 
@@ -73,8 +73,7 @@ class LargeProduct:
     @property
     def bytes(self) -> int:
         """Bytes of the product for the example inputs."""
-        value = val(self.node)
-        return prod(map(_hint, value.shape)) * value.element_size()
+        return nbytes(val(self.node))
 
     @property
     def turned(self) -> LargeProduct | None:
@@ -84,10 +83,6 @@ class LargeProduct:
         (row,) = self.row_dims
         turned = replace(self, hidden=self.weight, weight=self.hidden)
         return replace(turned, row_dims=(self.class_dim,), class_dim=row)
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def large_products(program: Program) -> Iterator[LargeProduct]:
