@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from graphopt.conditions import condition
 from graphopt.program import Program, val
 
 SEED = 7041
+
+SAMPLE = 4096
+"""Elements that are looked at before all of a tensor are."""
 
 FEW = 3
 """Size of the other axes where one is tried at 1."""
@@ -91,16 +95,21 @@ def is_empty(values: Sequence[Any]) -> bool:
 
 def _is_mask(example: Tensor) -> bool:
     """Whether a floating tensor holds just two values, one of them 0: what is kept and what not."""
-    values = example.detach().unique()
+    plain = example.detach()
+    if plain.flatten()[:SAMPLE].unique().numel() > 2:  # most are not, and sorting all takes long
+        return False
+    values = plain.unique()
     return values.numel() == 2 and bool((values == 0).any())
 
 
 def _moments(example: Tensor) -> tuple[float, float]:
     """Mean and deviation to draw with, of the finite elements."""
     plain = example.detach().double()
-    plain = plain[plain.isfinite()]
-    mean = float(plain.mean()) if plain.numel() else 0.0
-    spread = float(plain.std(correction=0)) if plain.numel() else 0.0
+    if not math.isfinite(plain.sum()):
+        plain = plain[plain.isfinite()]
+    if not plain.numel():
+        return 0.0, 1.0
+    spread, mean = map(float, torch.std_mean(plain, correction=0))
     return mean, spread or max(1.0, abs(mean))
 
 

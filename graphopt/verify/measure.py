@@ -86,7 +86,7 @@ def compare(
         rounded = [torch.view_as_real(value) for value in rounded]
     if not old.is_floating_point():
         return _failure("integer or boolean values differ")
-    if not torch.equal(old.isfinite(), new.isfinite()):
+    if not _are_finite(old, new) and not torch.equal(old.isfinite(), new.isfinite()):
         return _failure("infinities or NaN in other places")
     return _judge(old, new, reference, numeric, tolerance, magnitude, rounded)
 
@@ -161,6 +161,11 @@ def _norm(value: Tensor, order: float = 2) -> float:
     if not value.is_floating_point():
         value = value.to(torch.float64)
     return float(torch.linalg.vector_norm(value, order, dtype=torch.float64))
+
+
+def _are_finite(*values: Tensor) -> bool:
+    """Whether all elements are, and their squares in float64; without a mask of each."""
+    return all(math.isfinite(_norm(value)) for value in values)
 
 
 def _relative(new: Tensor, reference: Tensor) -> float:
