@@ -14,7 +14,15 @@ from pathlib import Path
 
 from graphopt.recipe import environment
 
-NAMES = ("import_time", "optimize_cost", "depth", "minilm", "resnet20", "loss_heads")
+NAMES = (
+    "import_time",
+    "optimize_cost",
+    "depth",
+    "minilm",
+    "resnet20",
+    "loss_heads",
+    "loss_heads_gpu",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

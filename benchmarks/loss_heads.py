@@ -9,7 +9,6 @@ entropies torch's own ``F.linear_cross_entropy`` with chunks.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -24,27 +23,10 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import graphopt
+from benchmarks.heads import Head, Pairs
 
 ROUNDS = 5
 Step = Callable[[], Tensor]
-
-
-class Head(nn.Module):
-    def __init__(self, width: int, classes: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(classes, width, dtype=dtype) * width**-0.5)
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, self.weight).float(), targets)
-
-
-class Pairs(Head):
-    """Symmetric InfoNCE (Radford et al. 2021)."""
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG002
-        x = F.normalize(hidden, dim=-1) @ F.normalize(self.weight, dim=-1).T / 0.07
-        own = torch.arange(x.shape[0], device=x.device)
-        return (F.cross_entropy(x, own) + F.cross_entropy(x.T, own)) / 2
 
 
 SETUPS = {
@@ -67,7 +49,7 @@ def _setup(
     head = kind(width, classes, dtype).train()
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
     targets = torch.randint(0, classes, (rows,))
-    exact = float(_exact(head, hidden, targets))
+    exact = float(head.exact(hidden.detach().double(), head.weight.detach().double(), targets))
     peers = _peers(head, hidden, targets)
     found = {name: _measured(loss, head, hidden, exact) for name, loss in peers.items()}
     steps = {name: partial(_step, loss, head, hidden) for name, loss in peers.items()}
@@ -114,20 +96,6 @@ def _step(loss: Step, head: Head, hidden: Tensor) -> Tensor:
     value = loss()
     value.backward()
     return value.detach()
-
-
-@torch.no_grad()
-def _exact(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """In float64; rows by rows where they do not meet."""
-    if isinstance(head, Pairs):
-        wide = copy.deepcopy(head).double()
-        return wide(hidden.double(), targets)  # type: ignore[no-any-return]
-    weight = head.weight.double()
-    parts = [
-        F.cross_entropy(h.double() @ weight.T, t, reduction="sum")
-        for h, t in zip(hidden.split(128), targets.split(128), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(targets)
 
 
 def _measured(loss: Step, head: Head, hidden: Tensor, exact: float) -> dict[str, Any]:
