@@ -64,7 +64,8 @@ def missed_lines(group: MissedReason, *, show_source: bool = True) -> list[str]:
     if show_source and group.source:
         lines.append(f"  {more}source line: {group.source}")
     if group.option:
-        owner = "" if first.stage == "profit" else f"{first.pass_name} "
+        named = first.stage == "profit" or group.option.startswith(f"{first.pass_name}:")
+        owner = "" if named else f"{first.pass_name} "
         lines.append(f"  allowed by: {owner}{group.option}")
     return lines
 

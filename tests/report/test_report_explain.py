@@ -31,6 +31,11 @@ def test_an_answer_names_reason_node_and_option() -> None:
     assert "allowed by: Attention approximate=True" in text
 
 
+def test_an_option_that_names_its_pass_stands_alone() -> None:
+    text = "\n".join(explain_lines(Report("m", missed=[missed(option="Attention:heads=4")])))
+    assert "allowed by: Attention:heads=4" in text
+
+
 def test_braces_in_reasons_are_text() -> None:
     lines = explain_lines(Report("m", missed=[missed(reason="found {rule} and {0}")]))
     assert "found {rule} and {0}" in "\n".join(lines)
