@@ -10,7 +10,6 @@ kind. The program itself is checked by :mod:`graphopt.loading.pt2_program`.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import json
 import re
@@ -25,6 +24,7 @@ from graphopt.loading.archive import Archive, open_archive, root_findings, struc
 from graphopt.loading.checkpoint import read_checkpoint
 from graphopt.loading.findings import Finding, Limits, reading, refuse
 from graphopt.loading.operators import unregistered
+from graphopt.loading.pt2_classes import register_classes
 from graphopt.loading.pt2_payload import payload_findings, read_config
 from graphopt.loading.pt2_program import program_findings
 from graphopt.loading.tensors import check_tensors
@@ -44,7 +44,6 @@ _MEMBERS: tuple[tuple[str, str | None], ...] = (
     (r".*", "of a kind that no exported program has"),
 )
 _EXTRA = "extra/"
-_OUTPUTS = "transformers.modeling_outputs"
 _MODEL = re.compile(r"models/([^/]+)\.json")
 
 
@@ -159,18 +158,12 @@ def load_pt2(path: Path, limits: Limits) -> tuple[torch.export.ExportedProgram, 
             if "model" not in model_names(archive):
                 raise LoadError("the archive holds no program called model", where=str(path))
             _register_operators(read_program(archive), path)
-            _register_outputs(archive.read("models/model.json"))
+            register_classes(read_program(archive), str(path))
             extra_files = read_extra_files(archive)
         file.seek(0)
         program = torch.export.load(file)
     check_tensors([program.state_dict, program.constants, program.example_inputs], str(path))
     return program, extra_files
-
-
-def _register_outputs(program: bytes) -> None:
-    """Make the outputs of Hugging Face models known to torch, where the program returns one."""
-    if f"{_OUTPUTS}.".encode() in program and importlib.util.find_spec("transformers"):
-        importlib.import_module(_OUTPUTS)
 
 
 def _register_operators(program: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from graphopt.loading.expressions import SYMBOL, guard_reason, symbolic_reason, text_is_tame
 from graphopt.loading.findings import Finding
 from graphopt.loading.operators import operator_reason
+from graphopt.loading.pt2_classes import part_reason
 
 _FACTORIES = {
     *(("builtins", name) for name in ("dict", "list", "set", "tuple", "int", "float", "str")),
@@ -147,6 +148,8 @@ def _dict_reasons(value: dict[str, Any]) -> Iterator[str]:
     factory = value.get("default_factory_module"), value.get("default_factory_name")
     if factory != (None, None) and factory not in _FACTORIES:
         yield f"an argument structure imports {factory[0]} and calls its {factory[1]}"
+    if "_t" in value and (reason := part_reason(value)):
+        yield reason
     if "__enum__" in value and not _is_imported_enum(str(value.get("fqn"))):
         yield f"an argument structure imports {value.get('fqn')}"
 
