@@ -39,7 +39,7 @@ def command(
     verify: bool,
 ) -> None:
     """Write MODEL as ONNX, compared in ONNX Runtime before the file is put in place."""
-    from graphopt.emit.onnx import check_target, export_onnx
+    from graphopt.emit.onnx import check_program, check_target, export_onnx
     from graphopt.optimize import optimize_program
 
     with progress("export", quiet=as_json) as step:
@@ -50,6 +50,7 @@ def command(
         subject = load_subject(model, inputs, arch, trust_pickle, train)
         step("capture")
         program, eager = subject.capture()
+        check_program(program)
         module = optimize_program(program, replace(options, progress=step), eager=eager)
         step("translate and compare in ONNX Runtime")
         result = export_onnx(module, path, opset=opset, fuse=fuse, verify=verify, measure=measure)

@@ -66,6 +66,10 @@ def command(
         options = replace(options, target=target, progress=step)
         step("capture")
         program, eager = subject.capture()
+        if any(path.suffix == ".onnx" for path in targets):
+            from graphopt.emit.onnx import check_program
+
+            check_program(program)
         module = optimize_program(program, options, eager=eager, original=subject.module)
         module.report.notes += [*subject.notes, *_before_inductor(targets, target)]
         _write_all(module, targets, measure, step)

@@ -196,6 +196,16 @@ def _exportable(module: OptimizedModule) -> Program:
             fix="export what graphopt.compile(model, example_inputs=...) returned",
         )
     program = module.current_program()
+    check_program(program)
+    return unchunked(program)
+
+
+def check_program(program: Program) -> None:
+    """Refuse what no ONNX file can hold.
+
+    Raises:
+        ExportError: the program trains, or keeps state between calls.
+    """
     if program.training:
         raise ExportError(
             f"{program.name} was captured in training mode", fix="capture it after model.eval()"
@@ -206,7 +216,6 @@ def _exportable(module: OptimizedModule) -> Program:
             "state between runs",
             fix="take the state as an input and return its new value",
         )
-    return unchunked(program)
 
 
 def _metadata(module: OptimizedModule) -> str:

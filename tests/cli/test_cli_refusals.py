@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphopt
 from graphopt.cli import main
 
 
@@ -128,3 +129,14 @@ def test_the_api_refuses_another_ending_too(tmp_path):
     with pytest.raises(graphopt.GraphoptError, match=r"ends in \.onnx"):
         graphopt.export_onnx(fast, tmp_path / "net.foo")
     assert not (tmp_path / "net.foo").exists()
+
+
+@pytest.mark.parametrize("verb", [["export"], ["optimize", "-o", "a.onnx"]], ids=lambda v: v[0])
+def test_a_program_that_trains_is_no_onnx_before_any_pass(verb, tmp_path, capsys):
+    module = graphopt.compile(Attention().train(), example_inputs=(torch.randn(4, 6, 16),))
+    graphopt.save(module, "trains.pt2")
+    status, _, err = call(capsys, verb[0], "trains.pt2", *verb[1:])
+    assert status == 1
+    assert "was captured in training mode" in err
+    assert "MergeProjections" not in err
+    assert not list(tmp_path.glob("*.onnx"))
