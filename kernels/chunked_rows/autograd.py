@@ -58,7 +58,7 @@ class _ChunkedRows(torch.autograd.Function):
 
 def _in_forward(tensors: Tensors, settings: Settings) -> bool:
     """Whether the gradients for a cotangent of one are those of any, up to a factor."""
-    text, _, differentiable, autocast = settings
+    text, _, differentiable, autocast, _ = settings
     body = read(text)
     sums = differentiable[len(body.rows) : len(body.rows) + len(body.sums)]
     narrow = torch.float16 in (autocast, *(t.dtype for t in tensors)) or "torch.float16" in text
@@ -92,7 +92,7 @@ def _by_autograd(ctx: Any, cotangents: Tensors) -> Sequence[Tensor]:
     Operands are taken as views: one may be given twice, or computed from another, and only what
     flows through its own place counts.
     """
-    body, _, differentiable, autocast = ctx.settings
+    body, _, differentiable, autocast, _ = ctx.settings
     views = [t.view_as(t) for t in ctx.saved_tensors[: sum(ctx.counts)]]
     with casting(views, autocast):
         results = evaluate(read(body), grouped(views, ctx.counts))
@@ -116,17 +116,19 @@ def _with_autograd(
     chunk_bytes: int,
     differentiable: Sequence[bool],
     autocast: torch.dtype | None = None,
+    filter_threshold: float = 0.0,
 ) -> list[Tensor]:
     operands = Operands(hidden, weight, rows, whole)
-    check(operands, read(body), chunk_bytes, len(differentiable))
-    settings = (body, chunk_bytes, list(differentiable), autocast or autocast_of(hidden[0]))
+    check(operands, read(body), chunk_bytes, len(differentiable), filter_threshold)
+    low = autocast or autocast_of(hidden[0])
+    settings = (body, chunk_bytes, list(differentiable), low, filter_threshold)
     tensors = operands.all
     if _transformed(tensors):
-        with casting(tensors, settings[3]):
+        with casting(tensors, low):
             return evaluate(read(body), operands)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        with casting(tensors, settings[3]):
-            found = evaluated(read(body), operands, settings[3])
+        with casting(tensors, low):
+            found = evaluated(read(body), operands, low, filter_threshold)
         if found is not None:
             pairs = zip(found, differentiable, strict=True)
             return [r if has_gradient else r.detach() for r, has_gradient in pairs]

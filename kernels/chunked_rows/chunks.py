@@ -29,6 +29,7 @@ class Loop:
         operands: the caller's.
         chunk_bytes: of the products of a chunk; 0 for the default.
         autocast: the dtype that products are taken in, where the call is under autocast.
+        threshold: above zero, gradients are approximate, see `thinning`.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Loop:
         operands: Operands[Tensor],
         chunk_bytes: int,
         autocast: torch.dtype | None = None,
+        threshold: float = 0.0,
     ) -> None:
-        self.body, self.operands = body, operands
+        self.body, self.operands, self.threshold = body, operands, threshold
         self.low = cast(operands, autocast)
         self.spans = list(spans(self.low, chunk_bytes))
         self.count = operands.hidden[0].shape[0]
@@ -56,14 +58,14 @@ class Loop:
         self, wanted: Sequence[bool], differentiable: Sequence[bool]
     ) -> list[Tensor]:
         """As `run`, then the gradients of the wanted operands for a cotangent of one."""
-        found = Gradients(self.body, self.operands, wanted, differentiable)
+        found = Gradients(self.body, self.operands, wanted, differentiable, self.threshold)
         return [*self._fill(found, None).whole(), *found.made()]
 
     def gradients(
         self, wanted: Sequence[bool], differentiable: Sequence[bool], cotangents: Cotangents
     ) -> list[Tensor]:
         """Gradients of the wanted operands for cotangents of the differentiable results."""
-        found = Gradients(self.body, self.operands, wanted, differentiable)
+        found = Gradients(self.body, self.operands, wanted, differentiable, self.threshold)
         self._fill(found, cotangents)
         return found.made()
 

@@ -38,9 +38,15 @@ def _is_able(device: torch.device) -> bool:
 
 
 def evaluated(
-    body: Body, operands: Operands[Tensor], autocast: torch.dtype | None
+    body: Body,
+    operands: Operands[Tensor],
+    autocast: torch.dtype | None,
+    filter_threshold: float = 0.0,
 ) -> list[Tensor] | None:
     """All results by a sweep, differentiable; ``None`` where chunks are for them.
+
+    Args:
+        filter_threshold: above zero, gradients are approximate, see `cross_entropy.filtering`.
 
     Raises:
         IndexError: a target is no class; names the row.
@@ -50,7 +56,7 @@ def evaluated(
     low, (program, wide) = cast(operands, autocast), body.swept
     if not _is_head(low) or not _is_narrow(low, program.parameters, wide):
         return None
-    product = Product(low.hidden[0], low.weight[0])
+    product = Product(low.hidden[0], low.weight[0], filter_threshold)
     try:
         rows, sums, _ = program([product, *operands.rows, *operands.whole])
     except UnfitError:

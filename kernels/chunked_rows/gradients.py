@@ -12,14 +12,13 @@ from torch import Tensor
 from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body, Results
 from graphopt.kernels.chunked_rows.columns import slope_of
+from graphopt.kernels.chunked_rows.factors import FactorGradients, Rows
 from graphopt.kernels.chunked_rows.operands import Operands
 from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
 from graphopt.kernels.chunked_rows.results import Collected
+from graphopt.kernels.chunked_rows.thinning import ThinGradients, told
 
 _NARROW = (torch.float16, torch.bfloat16)
-_CLASSES = 4096
-"""Classes of a partial gradient that waits to be added to a wider sum."""
-
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
 
 
@@ -44,6 +43,7 @@ class Gradients:
         operands: the caller's; gradients get their dtypes and layouts.
         wanted: which of them, in the order of ``operands.all``.
         differentiable: which results of the body have a gradient.
+        threshold: above zero, slopes smaller than that by their row's largest are left out.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Gradients:
         operands: Operands[Tensor],
         wanted: Sequence[bool],
         differentiable: Sequence[bool],
+        threshold: float = 0.0,
     ) -> None:
         self.body = body
         self.operands, self.wanted = operands, operands.filled(wanted)
@@ -63,6 +64,12 @@ class Gradients:
             _rooms(operands.rows, self.wanted.rows, zeros, summed=False),
             _rooms(operands.whole, self.wanted.whole, zeros, summed=True),
         )
+        count = operands.hidden[0].shape[0]
+        pairs = zip(self.into.hidden, self.into.weight, strict=True)
+        self.factors = [
+            ThinGradients(h, w, threshold, count) if threshold > 0 else FactorGradients(h, w)
+            for h, w in pairs
+        ]
 
     def chunk(self, chunk: Chunk, cotangents: Cotangents | None, results: Collected) -> None:
         """Run the body on one chunk and take its gradients and results in.
@@ -76,8 +83,10 @@ class Gradients:
             with naming_row(self.body, piece.operands, piece.span.start):
                 slopes = self._piece(piece, cotangents, results)
             self._take(slopes, piece)
-        for i in range(len(chunk.products)):
-            self._through_product(i, chunk)
+            for factors, rows in self._rows(piece):
+                factors.piece(rows)
+        for factors, rows in self._rows(chunk):
+            factors.chunk(rows)
 
     def _piece(
         self, piece: Piece, cotangents: Cotangents | None, collected: Collected
@@ -93,6 +102,9 @@ class Gradients:
 
     def made(self) -> list[Tensor]:
         """The gradients of the wanted operands, in order."""
+        for factors in self.factors:
+            factors.finish()
+        told(self.factors)
         pairs = zip(self.operands.all, self.into.all, strict=True)
         return [into.to(t.dtype) for t, into in pairs if into is not None]
 
@@ -132,13 +144,13 @@ class Gradients:
             if slope is not None and into is not None:
                 into += slope
 
-    def _through_product(self, i: int, chunk: Chunk) -> None:
-        """Of ``P = h w^T``: to ``h`` goes ``slope w``, to ``w`` goes ``slope^T h``."""
-        slope, operands = chunk.products[i], chunk.operands
-        if (hidden := self.into.hidden[i]) is not None:
-            hidden[chunk.span] = slope @ operands.weight[i]
-        if (weight := self.into.weight[i]) is not None:
-            _add_product(weight, slope, operands.hidden[i], first=chunk.span.start == 0)
+    def _rows(self, part: Piece | Chunk) -> Iterator[tuple[FactorGradients, Rows]]:
+        """Of each product with a wanted factor, whose slopes are in its place."""
+        pairs = zip(part.operands.hidden, part.operands.weight, strict=True)
+        trios = zip(self.factors, part.products, pairs, strict=True)
+        for factors, slope, (hidden, weight) in trios:
+            if factors.is_wanted:
+                yield factors, Rows(part.span, slope, hidden, weight)
 
 
 def _slopes(
@@ -158,20 +170,6 @@ def _put(slope: Tensor | None, product: Tensor) -> None:
         product.zero_()
     elif slope.data_ptr() != product.data_ptr():
         product.copy_(slope)
-
-
-def _add_product(into: Tensor, slope: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """``into += slope^T hidden``, or ``=``; where ``into`` is wider, a few classes at a time."""
-    if into.dtype == slope.dtype:
-        into.addmm_(slope.mT, hidden, beta=0 if first else 1)
-        return
-    for start in range(0, into.shape[0], _CLASSES):
-        classes = slice(start, start + _CLASSES)
-        product = slope[:, classes].mT @ hidden
-        if first:
-            into[classes] = product
-        else:
-            into[classes].add_(product)
 
 
 def _rooms(

@@ -43,7 +43,13 @@ def grouped(values: Iterable[T], counts: Sequence[int]) -> Operands[T]:
     return Operands(*([next(given) for _ in range(count)] for count in counts))
 
 
-def check(operands: Operands[Tensor], body: Body, chunk_bytes: int, results: int) -> None:
+def check(
+    operands: Operands[Tensor],
+    body: Body,
+    chunk_bytes: int,
+    results: int,
+    threshold: float = 0.0,
+) -> None:
     """Refuse operands that are not those of the body.
 
     Sizes that are symbols are not compared: that would ask for their values.
@@ -66,6 +72,8 @@ def check(operands: Operands[Tensor], body: Body, chunk_bytes: int, results: int
         raise ValueError(f"the body gives {made} results; `differentiable` names {results}")
     if chunk_bytes < 0:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; give a size, or 0 for the default")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"filter_threshold is {threshold}; give 0, or less than 1")
     _check_sizes(operands)
 
 

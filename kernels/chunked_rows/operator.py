@@ -4,7 +4,8 @@ Three operators: the one that users and passes call, and two that its autograd c
 tensors in one list and ``counts`` of the four groups. ``chunked_rows_with_gradients`` gives the
 results and then a gradient for each operand that is ``wanted``, for a cotangent of one;
 ``chunked_rows_backward`` gives the gradients for ``cotangents`` of the differentiable results, of
-which those of columns are given again as ``totals``.
+which those of columns are given again as ``totals``. With a ``filter_threshold`` above zero
+gradients are approximate, see `thinning`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from graphopt.kernels.chunked_rows.gradients import Cotangents
 from graphopt.kernels.chunked_rows.operands import Operands, cast, check, grouped, products
 
 Tensors = Sequence[Tensor]
-Settings = tuple[str, int, list[bool], torch.dtype | None]
-"""Body, chunk_bytes, differentiable, autocast: what every call ends with."""
+Settings = tuple[str, int, list[bool], torch.dtype | None, float]
+"""Body, chunk_bytes, differentiable, autocast, filter_threshold: what every call ends with."""
 
 library = torch.library.Library("graphopt", "FRAGMENT")
-_SETTINGS = "str body, int chunk_bytes, bool[] differentiable, ScalarType? autocast=None"
+_SETTINGS = (
+    "str body, int chunk_bytes, bool[] differentiable, ScalarType? autocast=None, "
+    "float filter_threshold=0.0"
+)
 _FLAT = f"Tensor[] tensors, int[] counts, {_SETTINGS}"
 for _schema in (
     "chunked_rows(Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] whole, "
@@ -54,9 +58,9 @@ def autocast_of(tensor: Tensor) -> torch.dtype | None:
 
 
 def _loop(operands: Operands[Tensor], settings: Settings) -> Loop:
-    body, chunk_bytes, differentiable, autocast = settings
-    check(operands, read(body), chunk_bytes, len(differentiable))
-    return Loop(read(body), operands, chunk_bytes, autocast)
+    body, chunk_bytes, differentiable, autocast, threshold = settings
+    check(operands, read(body), chunk_bytes, len(differentiable), threshold)
+    return Loop(read(body), operands, chunk_bytes, autocast, threshold)
 
 
 def _run(
@@ -68,11 +72,12 @@ def _run(
     chunk_bytes: int,
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
+    filter_threshold: float = 0.0,
 ) -> list[Tensor]:
     operands = Operands(hidden, weight, rows, whole)
-    loop = _loop(operands, (body, chunk_bytes, differentiable, autocast))
+    loop = _loop(operands, (body, chunk_bytes, differentiable, autocast, filter_threshold))
     with torch.no_grad(), casting(hidden, autocast):
-        found = evaluated(loop.body, operands, autocast)
+        found = evaluated(loop.body, operands, autocast, filter_threshold)
         return loop.run() if found is None else found
 
 
@@ -83,10 +88,13 @@ def _run_with_gradients(
     chunk_bytes: int,
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
+    filter_threshold: float = 0.0,
     *,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    loop = _loop(grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast))
+    loop = _loop(
+        grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast, filter_threshold)
+    )
     with torch.no_grad(), casting(tensors, autocast):
         return loop.run_with_gradients(wanted, differentiable)
 
@@ -98,12 +106,15 @@ def _backward(
     chunk_bytes: int,
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
+    filter_threshold: float = 0.0,
     *,
     wanted: Sequence[bool],
     cotangents: Tensors,
     totals: Tensors,
 ) -> list[Tensor]:
-    loop = _loop(grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast))
+    loop = _loop(
+        grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast, filter_threshold)
+    )
     with torch.no_grad(), casting(tensors, autocast):
         return loop.gradients(wanted, differentiable, Cotangents(cotangents, totals))
 
@@ -117,10 +128,11 @@ def _fake(
     chunk_bytes: int,
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
+    filter_threshold: float = 0.0,
 ) -> list[Tensor]:
     """Shapes and dtypes from a few rows: nothing about their real number is asked."""
     operands = Operands(hidden, weight, rows, whole)
-    check(operands, read(body), chunk_bytes, len(differentiable))
+    check(operands, read(body), chunk_bytes, len(differentiable), filter_threshold)
     few = [[t.new_empty((2, *t.shape[1:])) for t in group] for group in (hidden, rows)]
     short = cast(Operands(few[0], weight, few[1], whole), autocast)
     with casting(hidden, autocast):

@@ -30,10 +30,15 @@ class UnfitError(Exception):
 
 
 class Product(NamedTuple):
-    """``hidden (N, D) @ weight (V, D).T``, in place of a body's first parameter."""
+    """``hidden (N, D) @ weight (V, D).T``, in place of a body's first parameter.
+
+    Attributes:
+        filter_threshold: of the gradients that a sweep over it gives.
+    """
 
     hidden: Tensor
     weight: Tensor
+    filter_threshold: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,6 +93,7 @@ class Sweep:
             any(m.total for m in members),
             False,
             any(isinstance(m, Best) for m in members),
+            product.filter_threshold,
         )
         norm, own, total, best = (t.unsqueeze(1) for t in (lse, own, total, best))
         classes = product.weight.shape[0]

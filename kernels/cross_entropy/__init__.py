@@ -14,7 +14,6 @@ frozen; see `launch` for what is moved and held. Memory is that of the gradients
 from __future__ import annotations
 
 from graphopt.kernels.cross_entropy.autograd import cross_entropy_rows
-from graphopt.kernels.cross_entropy.filtering import kept_tiles
 from graphopt.kernels.cross_entropy.losses import cross_entropy
 
-__all__ = ["cross_entropy", "cross_entropy_rows", "kept_tiles"]
+__all__ = ["cross_entropy", "cross_entropy_rows"]

@@ -8,32 +8,11 @@ of the gradients; the paper takes ``2^-12`` for bfloat16. For peaked predictions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from graphopt.kernels.cross_entropy.operands import Cotangents, Head
-
-_listeners: list[list[Tensor]] = []
-
-
-@contextmanager
-def kept_tiles() -> Iterator[list[Tensor]]:
-    """The share of tiles kept, a number on the device for each filtered backward pass inside."""
-    shares: list[Tensor] = []
-    _listeners.append(shares)
-    try:
-        yield shares
-    finally:
-        _listeners[:] = [listening for listening in _listeners if listening is not shares]
-
-
-def report(share: Tensor) -> None:
-    """Tell all who listen; backward passes run in threads of their own."""
-    for shares in _listeners:
-        shares.append(share)
+from graphopt.kernels.filtering import report
 
 
 class Filter:

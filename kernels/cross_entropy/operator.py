@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from graphopt.kernels.cross_entropy import reference
-from graphopt.kernels.cross_entropy.filtering import report
 from graphopt.kernels.cross_entropy.operands import (
     Cotangents,
     Head,
@@ -23,6 +22,7 @@ from graphopt.kernels.cross_entropy.operands import (
     check_targets,
     wide,
 )
+from graphopt.kernels.filtering import report
 
 library = torch.library.Library("graphopt", "FRAGMENT")
 for _schema in (

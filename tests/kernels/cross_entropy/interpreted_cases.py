@@ -26,8 +26,9 @@ from interpreting import scalars_of_one_number  # noqa: F401 - a fixture of all 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphopt.kernels.cross_entropy import cross_entropy_rows, kept_tiles, launch, reference
+from graphopt.kernels.cross_entropy import cross_entropy_rows, launch, reference
 from graphopt.kernels.cross_entropy.operands import Cotangents, Head
+from graphopt.kernels.filtering import kept
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS[torch.bfloat16] = 8e-3
@@ -129,7 +130,7 @@ def test_equal_logits_give_the_first_class() -> None:
 @pytest.mark.parametrize("options", [(), ("bias",), ("softcap", "ignore", "entropy", "turned")])
 def test_a_filter_that_drops_nothing(options: tuple[str, ...]) -> None:
     call = replace(make(123, 257, 33, options), filter_threshold=1e-30)
-    with kept_tiles() as shares:
+    with kept() as shares:
         assert_as_dense(call)
     assert all(s.item() == 1.0 for s in shares)
 
@@ -139,7 +140,7 @@ def test_a_filter_that_drops_nothing(options: tuple[str, ...]) -> None:
 def test_a_filter_drops_tiles_of_small_slopes(options: tuple[str, ...]) -> None:
     """Classes that are likely lie 7 apart; sorted, they share tiles."""
     call = _peaked(make(123, 1000, 33, options))
-    with kept_tiles() as shares:
+    with kept() as shares:
         assert_as_dense(replace(call, filter_threshold=2**-12), limit=4e-3)
     assert len(shares) == 1
     assert 0.1 < shares[0].item() < 0.4
@@ -154,7 +155,7 @@ def test_a_filter_above_all_but_the_targets_is_no_longer_exact() -> None:
 def test_a_filter_keeps_nothing_of_rows_that_are_ignored() -> None:
     call = replace(make(37, 257, 33, ("bias", "ignore")), filter_threshold=2**-12)
     call.target.fill_(2)
-    with kept_tiles() as shares:
+    with kept() as shares:
         found = torch.autograd.grad(call.losses().sum(), call.leaves)
     assert [s.item() for s in shares] == [0.0]
     assert all(not g.any() for g in found)

@@ -15,7 +15,7 @@ from cross_entropy_calls import (
     make,
 )
 
-from graphopt.kernels.cross_entropy import kept_tiles
+from graphopt.kernels.filtering import kept
 
 pytestmark = pytest.mark.gpu
 SIZES = [(5, 123, 7), (123, 257, 33), (1023, 5000, 96)]
@@ -37,7 +37,7 @@ def test_options_alone_and_in_pairs(options: tuple[str, ...]) -> None:
 def test_several_panels(dtype: torch.dtype, threshold: float) -> None:
     """Both panels of 20,000 classes, peaked so that a filter changes little."""
     call = replace(make(1023, 20_000, 64, scale=20.0), filter_threshold=threshold).to(dtype)
-    with kept_tiles() as shares:
+    with kept() as shares:
         assert_as_dense(call, "cuda", 5e-3)
     assert len(shares) == (threshold > 0)
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from graphopt.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_rows,
-    kept_tiles,
     reference,
 )
 
@@ -212,7 +211,7 @@ def test_under_autocast_products_are_narrow_and_gradients_wide() -> None:
 
 def test_the_definition_leaves_no_tile_out() -> None:
     call = replace(make(37, 123, 7), filter_threshold=0.5)
-    with kept_tiles() as shares:
+    with kept() as shares:
         assert_as_dense(call)
     assert [s.item() for s in shares] == [1.0]
 
