@@ -13,6 +13,7 @@ from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSumma
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
+from graphopt.verify.filtered import full_program
 from graphopt.verify.replay import Replay, Verdict
 from graphopt.verify.thin import Thin, transferred
 from graphopt.verify.timing import Stopwatch, pays
@@ -258,9 +259,14 @@ def state_bytes(program: Program) -> int:
 
 
 def certify(original: Program, optimized: Program, context: Context, *, name: str) -> bool:
-    """Whether the whole holds to float64 on every set of inputs; adds the certificates."""
+    """Whether the whole holds to float64 on every set of inputs; adds the certificates.
+
+    Gradients that operators filter are compared in full: what filters may leave out is stated, and
+    held to, where they stand.
+    """
     if context.thin is not None:
         original, optimized = context.thin.original, context.thin.program
+    optimized = full_program(optimized)
     lossy = any(a.certificate.numeric == Numeric.LOSSY for a in context.report.applied)
     numeric = Numeric.LOSSY if lossy else Numeric.REASSOCIATED
     sound = True

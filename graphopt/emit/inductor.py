@@ -14,6 +14,7 @@ from graphopt.errors import VerificationError
 from graphopt.program import Program, is_random
 from graphopt.rewrite.rule import Numeric
 from graphopt.room import WITH_GRADIENTS, crowded
+from graphopt.verify.filtered import full_program, is_filtered
 from graphopt.verify.measure import Measure, worst
 from graphopt.verify.trials import Lower, hold, trial_inputs
 
@@ -26,7 +27,8 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
 
     Outputs are checked on the captured and on unseen sizes, with gradients where the model trains.
     Inductor draws dropout masks in its own order, so a graph with dropout is compiled once more
-    with the probability at 0, and that is what is checked. Where the original does not fit in
+    with the probability at 0, and that is what is checked; so is one whose gradients are filtered,
+    with the gradients in full. Where the original does not fit in
     memory, what is compiled is compared with the rewritten graph.
 
     Raises:
@@ -37,8 +39,10 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
     dynamic = True if original.range_constraints else None
     compile_graph = partial(apart, lower=partial(torch.compile, dynamic=dynamic, fullgraph=True))
     module._graph.code = compile_graph(plain)
-    drawn = any(map(is_random, module.program.graph.nodes))
-    why = _fault(module, original, compile_graph if drawn else lambda _graph: module._graph.code)
+    graph = module.program.graph
+    apart_from_it = any(map(is_random, graph.nodes)) or is_filtered(graph)
+    lower = compile_graph if apart_from_it else lambda _graph: module._graph.code
+    why = _fault(module, original, lower)
     if why is None:
         return
     module._graph.code = plain
@@ -50,10 +54,11 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
 
 def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | None:
     """What is wrong with the compiled graph, in words; ``None`` where nothing is."""
-    reference = module.program if crowded(original, WITH_GRADIENTS) else original
+    program = full_program(module.program)
+    reference = program if crowded(original, WITH_GRADIENTS) else original
     sets, _ = trial_inputs(reference, ones=False)
     try:
-        found = [_measure(module.program, reference, inputs, lower) for inputs in sets]
+        found = [_measure(program, reference, inputs, lower) for inputs in sets]
     except torch._dynamo.exc.TorchDynamoException as error:
         return f"cannot be made: {str(error).strip().splitlines()[0]}"
     off = next((m for m in found if not m.ok), None)

@@ -78,6 +78,9 @@ class Rule:
         benefit: larger wins where matches overlap.
         version: raised when the rule's behaviour changes; kept in certificates.
         tolerance: for lossy rules, the largest relative RMS error.
+        gradient_tolerance: for rules whose operators filter their gradients, the largest relative
+            RMS error of these. Without the filter they are held to `numeric`.
+        caveat: what certificates say of it.
         near: fraction of the pattern that must match before a miss is worth reporting.
         folds: operators on constants that the rewrite builds become constants at once.
     """
@@ -88,6 +91,8 @@ class Rule:
     benefit: ClassVar[int] = 1
     version: ClassVar[int] = 1
     tolerance: ClassVar[float] = 0.0
+    gradient_tolerance: ClassVar[float] = 0.0
+    caveat: ClassVar[str] = ""
     near: ClassVar[float] = 0.6
     folds: ClassVar[bool] = True
 

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from graphopt.program import Program, is_random, val
 from graphopt.rewrite.driver import Log, Rewrite
-from graphopt.rewrite.rule import Numeric
+from graphopt.rewrite.rule import Numeric, Rule
 from graphopt.rewrite.subgraph import DROPOUT_P, Subgraph, float64_by_default
+from graphopt.verify.filtered import full_piece
 from graphopt.verify.inputs import is_empty
 from graphopt.verify.measure import Measure, compare, worst
 from graphopt.verify.timing import Pace
@@ -198,7 +199,11 @@ def judge(
 def _judge_gradients(
     verdict: Verdict, before: Sequence[Any], after: Sequence[Any], asked: Sequence[str]
 ) -> None:
-    """Compare vector-Jacobian products for one random cotangent, in float64 too."""
+    """Compare vector-Jacobian products for one random cotangent, in float64 too.
+
+    Where the new piece filters its gradients, they are compared in full first, and then as they are
+    with what the rule allows.
+    """
     rewrite = verdict.rewrite
     shared = [n for n in asked if n in rewrite.after.inputs]
     try:
@@ -208,17 +213,42 @@ def _judge_gradients(
         return
     if old is None:
         return
-    new = _gradients_or_none(rewrite.after, after, shared, old)
-    if new is None:
-        verdict.gradients = Measure(1.0, 1.0, 0.0, 0.0, False, "the new piece has no gradient")
-        return
     with float64_by_default():
         wide = _gradients(rewrite.before.wide, [_double(v) for v in before], shared) or old
-    numeric, tolerance = rewrite.rule.numeric, rewrite.rule.tolerance
+    full = full_piece(rewrite.after)
+    verdict.gradients = _compared(
+        rewrite.rule, _gradients_or_none(full, after, shared, old), old, wide
+    )
+    if full is not rewrite.after and verdict.gradients.ok:
+        new = _gradients_or_none(rewrite.after, after, shared, old)
+        tolerance = rewrite.rule.gradient_tolerance
+        verdict.gradients = _compared(rewrite.rule, new, old, wide, tolerance)
+        verdict.notes.append(rewrite.rule.caveat)
+
+
+def _compared(
+    rule: Rule,
+    new: Sequence[Tensor] | None,
+    old: Sequence[Tensor],
+    wide: Sequence[Tensor],
+    filtered: float = 0.0,
+) -> Measure:
+    """The worst of all gradients.
+
+    Args:
+        filtered: the relative RMS error that is allowed where the criterion itself is not met.
+    """
+    if new is None:
+        return Measure(1.0, 1.0, 0.0, 0.0, False, "the new piece has no gradient")
+    numeric, rows = rule.numeric, []
     if numeric is Numeric.BITWISE:
         numeric = Numeric.REASSOCIATED  # sums over users of a shared value may be reordered
-    rows = [compare(o, n, e, numeric, tolerance) for o, n, e in zip(old, new, wide, strict=True)]
-    verdict.gradients = worst(rows)
+    for values in zip(old, new, wide, strict=True):
+        found = compare(*values, numeric, rule.tolerance)
+        if filtered and not found.ok:
+            found = compare(*values, Numeric.LOSSY, filtered)
+        rows.append(found)
+    return worst(rows)
 
 
 def _gradients_or_none(

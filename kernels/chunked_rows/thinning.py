@@ -1,14 +1,14 @@
 """Gradients of a product's factors without the slopes that round to nothing.
 
 After Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", section 4.3. A few
-rows at a time, a class is kept where a slope of it is at least ``threshold`` times the largest of
-its row; both products are taken of the kept classes, gathered. Where that is most classes, all are.
+rows at a time, a class is kept where a slope of it is at least ``threshold`` times its row's
+largest; both products are taken of the kept classes, gathered. Where that is most classes, all are.
 
-The slopes left out, ``L``, count by their sums: ``L 1 (sign(L 1)^T L) / |L 1|`` stands for them, one
-outer product for all rows. A vocabulary has a direction in common, along which the slopes of a row
-cancel; without the small ones they would not. SmolLM2-135M (V = 49,152) on 510 tokens of text keeps
-6 % of the classes at ``2^-12``, and its gradients of hidden and weight are off by 0.8 and 0.2 %;
-without the sums 5.2 and 0.4 %.
+The slopes left out, ``L``, count by their sums: ``L 1 (sign(L 1)^T L) / |L 1|`` stands for them,
+one outer product for all rows. A vocabulary has a direction in common, along which the slopes of a
+row cancel; without the small ones they would not. SmolLM2-135M (V = 49,152) on 510 tokens of text
+keeps 6 % of the classes at ``2^-12``, and its gradients of hidden and weight are off by 0.8 and
+0.2 %; without the sums by 5.2 and 0.4 %.
 
 What is gathered lies in the memory of the slopes: ``n x V`` numbers of which few are needed. More
 than that takes ``N + V`` numbers for the sums.
@@ -28,15 +28,17 @@ _MOST = 0.25
 """Of the classes: with more, gathering costs what it saves. Measured on 2 cores, 65 rows, D = 512,
 V = 32000, float32: 30 % take the time of all."""
 
-_GROUP = 2**21
-"""Numbers of the slopes of rows that are looked at together: fewer rows have fewer classes to keep,
-more rows use what is gathered more often."""
+_ROWS = 64
+"""Rows that are looked at together: fewer have fewer classes to keep, more use what is gathered
+more often."""
 
-_ELSEWHERE = 2**24
+_ROWS_ELSEWHERE = 512
 """The same on other devices, which wait for each group's number of classes."""
 
 _BLOCK = 2**17
 """Numbers of the slopes that are copied at a time: 512 KiB in float32."""
+
+_BLOCK_ELSEWHERE = 2**24
 
 _WAITING = 2048
 """Classes of a partial gradient that is cast before it is added to a wider sum."""
@@ -98,9 +100,10 @@ class ThinGradients(FactorGradients):
         if self.weight is not None and self.is_fresh:
             self.weight.zero_()
             self.is_fresh = False
-        step = max(1, rest.numel() // rows.weight.shape[1])
+        features = rows.weight.shape[1]
+        step = max(1, rest.numel() // max(1, features))
         for names, slope in zip(kept.split(step), small.split(step, 1), strict=True):
-            room = rest[: len(names) * rows.weight.shape[1]].view(len(names), -1)
+            room = rest[: len(names) * features].view(len(names), features)
             if self.hidden is not None:
                 torch.index_select(rows.weight, 0, names, out=room)
                 sums += slope @ room
@@ -111,7 +114,7 @@ class ThinGradients(FactorGradients):
             self.hidden[rows.span] = sums
 
     def _packed(self, rows: Rows, kept: Tensor) -> Tensor:
-        """The kept columns ``(n, k)`` in the first part of the memory of all; sums of the others."""
+        """The kept columns ``(n, k)`` in the first part of the memory of all; sums others."""
         assert self.left is not None
         flat = rows.slope.view(-1)
         for start, some in _blocks(rows.slope):
@@ -119,7 +122,7 @@ class ThinGradients(FactorGradients):
             stop = start + len(part)
             self.left.add(rows.part(start, stop), some, part, kept)
             flat[start * len(kept) : stop * len(kept)].view(part.shape).copy_(part)
-        return flat[: len(rows.slope) * len(kept)].view(-1, len(kept))
+        return flat[: len(rows.slope) * len(kept)].view(len(rows.slope), len(kept))
 
 
 class _Left:
@@ -188,15 +191,14 @@ def _has_room(rows: Rows, count: int) -> bool:
 
 
 def _groups(rows: Rows) -> Iterator[Rows]:
-    on_cpu = rows.slope.device.type == "cpu"
-    step = (_GROUP if on_cpu else _ELSEWHERE) // max(1, rows.slope.shape[1])
-    for start in range(0, len(rows.slope), max(1, step)):
-        yield rows.part(start, min(start + max(1, step), len(rows.slope)))
+    step = _ROWS if rows.slope.device.type == "cpu" else _ROWS_ELSEWHERE
+    for start in range(0, len(rows.slope), step):
+        yield rows.part(start, min(start + step, len(rows.slope)))
 
 
 def _blocks(slope: Tensor) -> Iterator[tuple[int, Tensor]]:
-    on_cpu = slope.device.type == "cpu"
-    step = max(1, (_BLOCK if on_cpu else _ELSEWHERE) // max(1, slope.shape[1]))
+    numbers = _BLOCK if slope.device.type == "cpu" else _BLOCK_ELSEWHERE
+    step = max(1, numbers // max(1, slope.shape[1]))
     for start in range(0, len(slope), step):
         yield start, slope[start : start + step]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from graphopt.passes.loss_head.filtered import FuseFilteredRowSummaries
 from graphopt.passes.loss_head.fuse import FuseRowSummaries, drop_logits, row_axes
 from graphopt.passes.loss_head.prepare import SpellSummaries
 from graphopt.program import Program
@@ -22,12 +23,16 @@ class FuseLossHead(Pass):
         lazy_logits: where logits are an output besides, return a tensor that computes them when
             somebody reads it. Reading it after its weights changed is an error.
         chunk_bytes: memory for one chunk of the product; default: what stays in cache.
+        filter_gradients: leave out slopes below ``2^-12`` of their row's largest: gradients are
+            approximate then, and held to that; results are not. Where that does not hold on the
+            inputs at hand, gradients stay exact, and the report says why.
         min_bytes: products below this size are left alone.
     """
 
     drop_logits: bool = False
     lazy_logits: bool = False
     chunk_bytes: int | None = None
+    filter_gradients: bool = False
     min_bytes: int = 2**18
 
     def __post_init__(self) -> None:
@@ -48,5 +53,9 @@ class FuseLossHead(Pass):
         return replace(self, min_bytes=0)
 
     def rules(self) -> Sequence[Rule]:
-        fuse = FuseRowSummaries(self.min_bytes, self.chunk_bytes, lazy_logits=self.lazy_logits)
-        return (*SpellSummaries().rules(), fuse)
+        kinds = [FuseFilteredRowSummaries] if self.filter_gradients else []
+        fuse = [
+            kind(self.min_bytes, self.chunk_bytes, lazy_logits=self.lazy_logits)
+            for kind in (*kinds, FuseRowSummaries)
+        ]
+        return (*SpellSummaries().rules(), *fuse)

@@ -24,10 +24,17 @@ WHOLE = Placement()
 
 
 class Call:
-    """One call of ``chunked_rows`` that gives the values of some nodes of a program."""
+    """One call of ``chunked_rows`` that gives the values of some nodes of a program.
 
-    def __init__(self, found: Translation, build: Builder, chunk_bytes: int | None) -> None:
+    Args:
+        options: of the operator, besides.
+    """
+
+    def __init__(
+        self, found: Translation, build: Builder, chunk_bytes: int | None, **options: float
+    ) -> None:
         self.found, self.build, self.chunk_bytes = found, build, chunk_bytes
+        self.options = options
         self.flat = found.flat = Flat(found.rows, found.chosen, build)
 
     def emit(self, roots: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -52,6 +59,7 @@ class Call:
             text,
             self.chunk_bytes or 0,
             smooth,
+            **self.options,
         )
         items = iter([build.item(call, i) for i in range(len(smooth))])
         made = {n: self._column(n, next(items)) for n in columns}

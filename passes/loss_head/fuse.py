@@ -56,6 +56,7 @@ class FuseRowSummaries(Rule):
     profit = Profit.ALWAYS
     numeric = Numeric.REASSOCIATED
     benefit = 20
+    options: Mapping[str, float] = {}
 
     def __init__(
         self, min_bytes: int, chunk_bytes: int | None, *, lazy_logits: bool = False
@@ -95,7 +96,7 @@ class FuseRowSummaries(Rule):
         for found in match["translations"]:
             inside = {*found.inside} - match["lazy"].keys()
             roots = [n for n in match.roots if n in inside]
-            values |= Call(found, build, self.chunk_bytes).emit(roots)
+            values |= Call(found, build, self.chunk_bytes, **self.options).emit(roots)
         return tuple(values[n] for n in match.roots)
 
 

@@ -50,6 +50,7 @@ class Call:
     rows: list[Tensor]
     whole: list[Tensor]
     chunk_bytes: int = 0
+    filter_threshold: float = 0.0
 
     @property
     def all(self) -> list[Tensor]:
@@ -62,7 +63,8 @@ class Call:
     def chunked(self) -> list[Tensor]:
         groups = (self.hidden, self.weight, self.rows, self.whole)
         flags = list(self.head.differentiable)
-        return chunked_rows(*groups, self.head.body, self.chunk_bytes, flags)
+        settings = (self.head.body, self.chunk_bytes, flags)
+        return chunked_rows(*groups, *settings, filter_threshold=self.filter_threshold)
 
     def dense(self) -> list[Tensor]:
         products = [h @ w.mT for h, w in zip(self.hidden, self.weight, strict=True)]
@@ -77,7 +79,8 @@ class Call:
             return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
 
         groups = (self.hidden, self.weight, self.rows, self.whole)
-        return Call(self.head, *(list(map(copied, g)) for g in groups), self.chunk_bytes)
+        copies = (list(map(copied, g)) for g in groups)
+        return Call(self.head, *copies, self.chunk_bytes, self.filter_threshold)
 
     def loss(self, results: Sequence[Tensor]) -> Tensor:
         """One number from all results with a gradient; every row counts differently."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from graphopt.kernels.chunked_rows import dispatch, read
 from graphopt.kernels.chunked_rows.chunks import Loop
 from graphopt.kernels.cross_entropy import launch, reference
+from graphopt.kernels.filtering import kept
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS[torch.bfloat16] = 8e-3
@@ -364,6 +365,26 @@ def test_targets_of_other_kinds_end_as_in_eager_mode(kind: torch.dtype) -> None:
             call.chunked()
     else:
         close(call.chunked(), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("case", [CROSS_ENTROPY, Z_LOSS], ids=str)
+def test_kin_with_a_filter(case: Head) -> None:
+    """Every seventh class likely, the others hardly."""
+    call = unit(make(case, 123, 1000, 33))
+    with torch.no_grad():
+        call.hidden[0][:, 0], call.weight[0][:, 0] = 4.0, -5.0
+        call.weight[0][::7, 0] = 0.0
+        call.rows[0].div_(7, rounding_mode="trunc").mul_(7)
+    exact, call = call.to(torch.float64), replace(call, filter_threshold=2**-12)
+    with by_a_sweep(), kept() as shares:
+        found = call.chunked()
+        close(call.gradients(found), exact.gradients(exact.dense()), 4e-3)
+    assert len(shares) == 1
+    assert 0.05 < shares[0].item() < 0.5
+    with by_a_sweep(), kept() as shares:
+        without = replace(call, filter_threshold=0.0)
+        close(without.gradients(without.chunked()), exact.gradients(exact.dense()), 1e-5)
+    assert not shares
 
 
 def test_autocast() -> None:

@@ -27,6 +27,7 @@ from graphopt.kernels.cross_entropy import (
     cross_entropy_rows,
     reference,
 )
+from graphopt.kernels.filtering import kept
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
