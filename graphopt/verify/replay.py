@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -245,8 +245,9 @@ def _compared(
         numeric = Numeric.REASSOCIATED  # sums over users of a shared value may be reordered
     for values in zip(old, new, wide, strict=True):
         found = compare(*values, numeric, rule.tolerance)
-        if filtered and not found.ok:
-            found = compare(*values, Numeric.LOSSY, filtered)
+        if filtered:
+            lossy = compare(*values, Numeric.LOSSY, filtered)
+            found = replace(found, bound=filtered) if found.ok else lossy
         rows.append(found)
     return worst(rows)
 
