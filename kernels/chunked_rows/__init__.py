@@ -13,6 +13,9 @@ Where the one result with a gradient is a sum, its gradients are taken in the fo
 cotangent of one, which spares computing it again: three products of ``2 N D V`` FLOPs are the
 bound. (Not in float16, whose range needs the cotangent first.)
 
+With ``filter_threshold`` slopes that round to nothing are left out of the products that make
+gradients of them, see `thinning`; 0, the default, leaves nothing out.
+
 On a GPU, what is of the kin and no more runs by Triton kernels that hold no chunk, see `dispatch`.
 
 A second derivative goes through the products as eager mode has them, in its memory; so do

@@ -38,7 +38,7 @@ _ROWS_ELSEWHERE = 512
 _BLOCK = 2**17
 """Numbers of the slopes that are copied at a time: 512 KiB in float32."""
 
-_BLOCK_ELSEWHERE = 2**24
+_BLOCK_ELSEWHERE = 2**22
 
 _WAITING = 2048
 """Classes of a partial gradient that is cast before it is added to a wider sum."""

@@ -18,6 +18,8 @@ class FuseFilteredRowSummaries(FuseRowSummaries):
     ``|left out|_2 <= sqrt(t) max |s| <= sqrt(t) |s|_2``: gradients are held to an error of
     ``sqrt(t) = 2^-6``, relative, beside what rounding explains. Rows whose weights have much in
     common, or slopes of another kind, may be off by more: then the head is fused without a filter.
+    Chunks keep the sums of what is left out. The Triton kernels do not, and take the largest
+    cotangent of a row for its largest slope, see `kernels.cross_entropy.filtering`.
     """
 
     benefit = FuseRowSummaries.benefit + 1

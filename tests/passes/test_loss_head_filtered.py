@@ -185,6 +185,42 @@ def test_a_wrong_gradient_without_the_filter_is_not_verified(
     assert not rules(compiled(model, *args).report)
 
 
+class Returning(Head):
+    def forward(self, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(self.trunk(h), self.w)
+        return F.cross_entropy(logits, t), logits
+
+
+@pytest.mark.parametrize("option", ["lazy_logits", "drop_logits"])
+def test_logits_that_are_returned(option: str) -> None:
+    model, args = Returning().train(), inputs()
+    step = FuseLossHead(filter_gradients=True, **{option: True})
+    fast = compiled(model, *args, passes=["Canonicalize", step])
+    assert rules(fast.report) == ["FuseFilteredRowSummaries"]
+    loss, logits = fast(*args)
+    torch.testing.assert_close(loss, model(*args)[0])
+    assert (logits is None) == (option == "drop_logits")
+    (refused,) = [m for m in compiled(model, *args).report.missed if "RowSummaries" in m.rule]
+    assert "is an output of the model" in refused.reason
+
+
+def test_a_second_backward() -> None:
+    model, args = Head().train(), inputs()
+    fast = compiled(model, *args)
+    loss, wanted = fast(*args), gradients(model, model, *args)
+    for _ in range(2):
+        found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        assert worst(list(found), wanted) < BOUND
+
+
+def test_all_targets_ignored() -> None:
+    model, args = Head().train(), inputs()
+    fast = compiled(model, *args)
+    given = args[0], torch.full_like(args[1], -100)
+    assert shares_of(lambda: gradients(model, fast, *given)) == [0.0]
+    assert all(not g.any() for g in gradients(model, fast, *given))
+
+
 def test_dynamic_sizes() -> None:
     model, args = Head().train(), inputs()
     shapes = ({0: torch.export.Dim.DYNAMIC},) * 2
