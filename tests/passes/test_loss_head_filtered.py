@@ -236,14 +236,15 @@ def test_dynamic_sizes() -> None:
 
 @pytest.mark.parametrize("target", ["torch", "inductor"])
 def test_through_dynamo(target: str, fresh_dynamo: None) -> None:
-    model, args = Head().train(), inputs()
+    """With an error far above that of rounding, which the whole would not be allowed."""
+    model, args = Head(gap=6.5).train(), inputs()
     backend = Backend(Options(passes=PASSES, target=target, measure=False, strict=True))
     fast = torch.compile(model, backend=backend)
     fast(*args)
     (share,) = shares_of(lambda: gradients(model, fast, *args))
     assert share < 0.12
     found, wanted = (gradients(model, call, *args) for call in (fast, model))
-    assert worst(found, wanted) < BOUND
+    assert BOUND / 10 < worst(found, wanted) < BOUND
     (report,) = backend.reports
     assert rules(report) == ["FuseFilteredRowSummaries"]
     assert not any("was kept" in note for note in report.notes)
