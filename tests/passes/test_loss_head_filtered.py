@@ -250,6 +250,13 @@ def test_through_dynamo(target: str, fresh_dynamo: None) -> None:
     assert not any("was kept" in note for note in report.notes)
 
 
+def test_inductor_is_checked_without_the_filter(fresh_dynamo: None) -> None:
+    model, args = Head(gap=6.5).train(), inputs()
+    fast = compiled(model, *args, target="inductor", strict=True)
+    found, wanted = (gradients(model, call, *args) for call in (fast, model))
+    assert BOUND / 10 < worst(found, wanted) < BOUND
+
+
 def test_without_gradients_through_dynamo(fresh_dynamo: None) -> None:
     model, args = Head().train().requires_grad_(False), inputs()
     backend = Backend(Options(passes=PASSES, measure=False))
