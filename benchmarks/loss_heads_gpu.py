@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import graphopt
 from benchmarks.heads import Distilled, Head, Pairs, SigmoidPairs, peaked
-from graphopt.kernels.cross_entropy import kept_tiles
+from graphopt.kernels.filtering import kept as kept_slopes
 from graphopt.passes.loss_head import FuseLossHead
 
 ROUNDS, WARM = 10, 3
@@ -152,7 +152,7 @@ def _tried(step: Step, head: Head, hidden: Tensor, exact: list[Tensor]) -> dict[
     try:
         step()
         head.weight.grad = hidden.grad = None
-        with kept_tiles() as kept, _Peak(hidden.device) as peak:
+        with kept_slopes() as kept, _Peak(hidden.device) as peak:
             loss = step()
     except Exception as error:  # a peer that fails, or is not installed, is a result
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
