@@ -13,6 +13,7 @@ from graphopt.analysis.axis_rules.sizes import product as volume
 from graphopt.analysis.flow import dependents
 from graphopt.kernels.chunked_rows import allowed
 from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.canonicalize.asserts import is_idle
 from graphopt.passes.loss_head import heads, lazy
 from graphopt.passes.loss_head.call import Call
 from graphopt.passes.loss_head.handlers import summarises
@@ -214,7 +215,8 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
     remade = dict.fromkeys(n for t in translations for n in t.remade)
     bound = {"translations": translations, "lazy": later or {}}
     roots = sorted([*roots, *(later or ())])
-    nodes = tuple(inside | remade)
+    idle = dict.fromkeys(u for node in inside for u in node.users if is_idle(u))
+    nodes = tuple(inside | remade | idle)
     return Match(program, tuple(roots), nodes, bound, frozenset(remade))
 
 

@@ -294,3 +294,20 @@ def test_heads_with_dynamic_sizes_through_dynamo(name: str, fresh_dynamo: None) 
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * scale)
     rules = [[a.rule for a in r.applied] for r in backend.reports]
     assert all("FuseRowSummaries" in r for r in rules), [r.missed for r in backend.reports]
+
+
+@pytest.mark.parametrize("given", [{}, {"drop_logits": True}, {"lazy_logits": True}], ids=str)
+def test_what_capture_asserts_of_logits_does_not_stop_the_pass(given: dict[str, bool]) -> None:
+    """``.float()`` leaves an assert of the dtype; alone the pass does not run after Canonicalize."""
+
+    def loss(m: Any, h: Tensor, t: Tensor) -> Any:
+        logits = m.logits(h)
+        value = F.cross_entropy(logits.float().flatten(0, 1), t.flatten())
+        return (value, logits) if given else value
+
+    model, args = Head(loss).train(), inputs()
+    fast = fused(model, *args, passes=FuseLossHead(**given))
+    (wanted, slopes), (made, found) = (gradients(model, c, *args) for c in (model, fast))
+    torch.testing.assert_close(loss_of(made), loss_of(wanted))
+    for a, b in zip(slopes, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
