@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from graphopt.conditions import implied
 from graphopt.errors import IllegalRewriteError
@@ -57,6 +58,15 @@ class Builder:
         """Extent of a dimension: a number where static, a node where symbolic."""
         extent = val(node).shape[dim]
         return extent if isinstance(extent, int) else self(aten.sym_size.int, node, dim)
+
+    def of_size(self, sizes: Sequence[Any], target: Callable[..., Any], *args: Any) -> fx.Node:
+        """Emit a call that decides its sizes by values, as another did: they are known to be
+        ``sizes``."""
+        meta = self._infer(target, args, {})
+        if any(has_free_unbacked_symbols(size) for size in sizes):
+            with self.fake_mode:
+                meta = meta.new_empty(sizes)
+        return self._emit(target, args, {}, meta)
 
     def item(self, node: fx.Node, index: int) -> Any:
         """Element of an operator with several outputs."""

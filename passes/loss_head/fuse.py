@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,13 @@ from torch import fx
 
 from graphopt.analysis.axis_rules.sizes import product as volume
 from graphopt.analysis.flow import dependents
-from graphopt.kernels.chunked_rows import allowed
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.canonicalize.asserts import is_idle
 from graphopt.passes.loss_head import heads, lazy
 from graphopt.passes.loss_head.call import Call
-from graphopt.passes.loss_head.handlers import summarises
+from graphopt.passes.loss_head.needed import is_head, is_large, needed_whole
 from graphopt.passes.loss_head.prepare import SpellSummaries
-from graphopt.passes.loss_head.products import PRODUCTS, Factor, LargeProduct, large_products
+from graphopt.passes.loss_head.products import Factor, LargeProduct, large_products
 from graphopt.passes.loss_head.rows import shape_of
 from graphopt.passes.loss_head.translate import Translation
 from graphopt.program import Program, val
@@ -38,12 +37,6 @@ from graphopt.rewrite import (
 from graphopt.source import source_line
 
 aten = torch.ops.aten
-
-OPTIONS = (
-    "FuseLossHead:lazy_logits=True or FuseLossHead:drop_logits=True",
-    "FuseLossHead:drop_logits=True",
-)
-"""What allows logits among the outputs, before and after lazy ones were tried."""
 
 
 class FuseRowSummaries(Rule):
@@ -101,32 +94,12 @@ class FuseRowSummaries(Rule):
         return tuple(values[n] for n in match.roots)
 
 
-def _is_large(found: Translation, node: fx.Node) -> bool:
-    """Whether a value inside cannot be a result: a matrix, or several values as one."""
-    return found.is_matrix(node) or not isinstance(val(node), torch.Tensor)
-
-
-def _is_head(head: LargeProduct) -> bool:
-    """Whether the classes end in summaries, and in no further product: no inner layer is a head."""
-    ends, seen, queue = False, {head.node}, [head.node]
-    while queue:
-        for user in queue.pop().users:
-            if user.target in PRODUCTS:
-                return False
-            if summarises(user):
-                ends = True
-            elif user not in seen and user.op == "call_function":
-                seen.add(user)
-                queue.append(user)
-    return ends
-
-
 def drop_logits(program: Program, min_bytes: int) -> None:
     """Return ``None`` in place of large products that nothing but the output needs whole."""
     dropped: set[fx.Node] = set()
     for group in _heads(program, min_bytes):
         found = Translation(program, group)
-        if _refusal([found], outputs=False) is None:
+        if needed_whole([found], outputs=False) is None:
             dropped.update(n for n in found.values if found.is_matrix(n))
     if not dropped:
         return
@@ -167,7 +140,7 @@ def _cut(node: fx.Node, dim: int, factor: Factor, which: int) -> Cut:
 
 def _heads(program: Program, min_bytes: int) -> Iterator[list[LargeProduct]]:
     """Large products of heads; those whose matrices meet (student and teacher) in one list."""
-    left = [p for p in large_products(program) if p.bytes >= min_bytes and _is_head(p)]
+    left = [p for p in large_products(program) if p.bytes >= min_bytes and is_head(p)]
     while left:
         group = [left.pop(0)]
         while (other := next((p for p in left if _meet(group[0], p)), None)) is not None:
@@ -198,11 +171,11 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
     translations = [Translation(program, group)]
     turned = [p.turned for p in group]
     later = lazy.returned(program, translations) if lazy_logits else None
-    refusal = _refusal(translations, later)
+    refusal = needed_whole(translations, later)
     if refusal is not None and None not in turned:
         both = [*translations, Translation(program, [t for t in turned if t is not None])]
         later = lazy.returned(program, both) if lazy_logits else None
-        if _refusal(both, later) is None:
+        if needed_whole(both, later) is None:
             translations, refusal = both, None
     roots = _roots(translations)
     first = group[0].node
@@ -229,37 +202,4 @@ def _roots(translations: Sequence[Translation]) -> list[fx.Node]:
     inside = {n for t in translations for n in t.inside}
     products = {p.node for t in translations for p in t.products}
     read = (n for n in inside - products if any(u not in inside for u in n.users))
-    return sorted(
-        n for n in read if not any(_is_large(t, n) for t in translations if n in t.values)
-    )
-
-
-def _refusal(
-    translations: Sequence[Translation],
-    later: Mapping[fx.Node, Translation] | None = None,
-    *,
-    outputs: bool = True,
-) -> Refusal | None:
-    """A matrix that is read outside, and why its reader is not inside.
-
-    Args:
-        later: matrices that can be computed when the output is read; ``None`` where none may be.
-        outputs: whether the model's output counts as a reader.
-    """
-    inside = {n for t in translations for n in t.inside}
-    for node in {n: None for t in translations for n in t.values if _is_large(t, n)}:
-        for user in node.users:
-            if later and node in later and lazy.shows(user, later[node]):
-                continue
-            if user.op == "output":
-                if outputs:
-                    reason = f"`{node.name}` is an output of the model"
-                    return Refusal(reason, node, OPTIONS[0] if later is None else OPTIONS[1])
-            elif user not in inside and val(user) is not None:
-                why = translations[0].outside[user]
-                return Refusal(f"{why.reason}, so all of `{node.name}` is needed", why.node or user)
-    for t in translations:
-        for node in t.body.graph.nodes:
-            if node.op == "call_function" and not allowed(node.target):
-                return Refusal(f"{node.target} has no place in a body", t.products[0].node)
-    return None
+    return sorted(n for n in read if not any(is_large(t, n) for t in translations if n in t.values))

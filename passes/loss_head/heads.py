@@ -168,6 +168,48 @@ def on_learned_targets(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(flat(m.logits(h)), targets)
 
 
+def of_masked(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Devlin et al. 2019: only some tokens are predicted."""
+    keep = t > 100
+    return F.cross_entropy(m.logits(h)[keep], t[keep])
+
+
+def of_answers(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Shifted, flat, and the mask spelled twice."""
+    x, y = flat(m.logits(h)[:, :-1]).float(), t[:, 1:].flatten()
+    return F.cross_entropy(x[y != 7], y[y != 7], label_smoothing=0.1)
+
+
+def of_found(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    places = (t.flatten() > 100).nonzero().squeeze(-1)
+    x = flat(m.logits(h)).index_select(0, places)
+    return F.cross_entropy(x, t.flatten()[places])
+
+
+def of_sampled(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Log-probabilities of sampled tokens where a mask says so."""
+    logs = (m.logits(h) / 0.7).log_softmax(-1)
+    return -logs[t > 100].gather(-1, t[t > 100].unsqueeze(-1)).mean()
+
+
+def of_masked_teacher(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    keep = t > 100
+    student, teacher = (x[keep] for x in (m.logits(h), m.taught(h)))
+    return F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+
+
+def of_masked_with_accuracy(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of some rows, a metric of all."""
+    x, keep = m.logits(h), t > 100
+    return F.cross_entropy(x[keep], t[keep]), (x.argmax(-1) == t).float().mean()
+
+
+def at_positions(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Some positions more than once."""
+    batch, places = torch.arange(h.shape[0])[:, None], t[:, :5] % 7
+    return loss(m.logits(h)[batch, places], t[batch, places])
+
+
 ROWS = {0: Dim("batch"), 1: Dim("tokens", min=2)}
 DYNAMIC = (ROWS, ROWS)
 
@@ -205,6 +247,13 @@ HEADS: dict[str, Function] = {
     "einsum": lambda m, h, t: loss(torch.einsum("bsd,vd->bsv", h, m.w), t),
     "best of each": lambda m, h, _: m.logits(h).topk(3, -1)[0].logsumexp(-1).mean(),
     "padded classes": lambda m, h, t: loss(m.logits(h)[..., :512], t % 512),
+    "masked": of_masked,
+    "answers": of_answers,
+    "found": of_found,
+    "sampled": of_sampled,
+    "masked teacher": of_masked_teacher,
+    "masked, accuracy": of_masked_with_accuracy,
+    "positions": at_positions,
     "by index": lambda m, h, t: (
         -flat(m.logits(h)).log_softmax(-1)[torch.arange(t.numel()), t.reshape(-1)].mean()
     ),

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.loss_head.columns import LossOfColumns
+from graphopt.passes.loss_head.counts import CountWhereSelected
+from graphopt.passes.loss_head.select import SelectFirst
 from graphopt.program import Program, val
 from graphopt.rewrite import (
     Builder,
@@ -30,10 +32,24 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SpellSummaries(Pass):
-    """The spellings that `FuseRowSummaries` reads."""
+    """The spellings that `FuseRowSummaries` reads.
+
+    Attributes:
+        min_bytes: products below this size are left alone.
+    """
+
+    min_bytes: int = 0
 
     def rules(self) -> Sequence[Rule]:
-        return (GatherByArange(), GatherDiagonal(), LogAddExp(), LossOfColumns())
+        select = SelectFirst(self.min_bytes)
+        return (
+            GatherByArange(),
+            GatherDiagonal(),
+            LogAddExp(),
+            LossOfColumns(),
+            CountWhereSelected(),
+            select,
+        )
 
 
 class GatherByArange(Rule):

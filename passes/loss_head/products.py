@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from graphopt.kernels.chunked_rows import chunked_rows
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, arguments
-from graphopt.room import nbytes
+from graphopt.room import extent, nbytes
 
 aten = torch.ops.aten
 
@@ -72,8 +74,11 @@ class LargeProduct:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the product for the example inputs."""
-        return nbytes(val(self.node))
+        """Bytes of the product for the example inputs; at most, where values decide its rows."""
+        fake = val(self.node)
+        if not any(map(has_free_unbacked_symbols, fake.shape)):
+            return nbytes(fake)
+        return _most_rows(self.hidden.node) * extent(fake.shape[self.class_dim]) * fake.itemsize
 
     @property
     def turned(self) -> LargeProduct | None:
@@ -83,6 +88,14 @@ class LargeProduct:
         (row,) = self.row_dims
         turned = replace(self, hidden=self.weight, weight=self.hidden)
         return replace(turned, row_dims=(self.class_dim,), class_dim=row)
+
+
+def _most_rows(node: fx.Node) -> int:
+    """Rows of the first value, upwards from rows that were selected, whose sizes are known."""
+    while any(map(has_free_unbacked_symbols, val(node).shape)):
+        above = (a for a in node.all_input_nodes if isinstance(val(a), torch.Tensor))
+        node = next(above)
+    return prod(map(extent, val(node).shape[:-1]))
 
 
 def large_products(program: Program) -> Iterator[LargeProduct]:

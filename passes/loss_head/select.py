@@ -1,0 +1,109 @@
+"""Rows that are read from a large product are selected before it.
+
+Models of masked tokens, and losses on answers alone, compute logits of every position and then read
+few: ``logits[labels != -100]``. The hidden rows are small; they are selected instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.analysis.axis_rules.sizes import product as volume
+from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.loss_head import selections
+from graphopt.passes.loss_head.needed import is_head, needed_whole
+from graphopt.passes.loss_head.products import LargeProduct, large_products
+from graphopt.passes.loss_head.rows import shape_of
+from graphopt.passes.loss_head.rowwise import SELECTIONS, Selected, path
+from graphopt.passes.loss_head.translate import Translation
+from graphopt.program import Program, val
+from graphopt.rewrite import Builder, Candidate, Example, Match, Pass, Profit, Refusal, Rule
+
+aten = torch.ops.aten
+
+
+class SelectFirst(Rule):
+    """``f(h W^T + b)[i] = f(h[i] W^T + b)``, ``f`` acting on rows, ``i`` rows or a mask of them.
+
+    The gradients of a row that is selected twice add up in ``h``, where they are narrow. What else
+    is read of the product, summaries of all its rows, reads a product of its own: none is held.
+    """
+
+    profit = Profit.ALWAYS
+    benefit = 40
+    folds = False
+
+    def __init__(self, min_bytes: int = 0) -> None:
+        self.min_bytes = min_bytes
+
+    def prepare(self) -> Iterable[Pass]:
+        return (Canonicalize(),)
+
+    def find(self, program: Program) -> Iterator[Candidate]:
+        paths = selected_rows(program, self.min_bytes)
+        for node, (inner, products) in paths.items():
+            yield Candidate(_match(program, node, inner, products, paths))
+
+    def check(self, match: Match) -> Refusal | None:
+        refusal: Refusal | None = match["refusal"]
+        return refusal
+
+    def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
+        selected = Selected(match["products"], match["inner"], build)
+        made, sizes = selected.of(match.root, []), match.roots[1:]
+        return made, *(build.size(selected.hidden[0], size.args[1]) for size in sizes)
+
+    def examples(self) -> Iterable[Example]:
+        return selections.examples()
+
+    def near_misses(self) -> Iterable[Example]:
+        return selections.near_misses()
+
+
+Products = Mapping[fx.Node, LargeProduct]
+
+
+def selected_rows(
+    program: Program, min_bytes: int
+) -> dict[fx.Node, tuple[Sequence[fx.Node], Products]]:
+    """For each selection of rows of large products, the values on the way and the products."""
+    large = (p for p in large_products(program) if p.bytes >= min_bytes)
+    last = (p for p in large if p.row_dims == tuple(range(p.class_dim)))
+    products = {p.node: p for p in last if is_head(p)}
+    found = {}
+    for node in program.graph.nodes:
+        if products and node.target in SELECTIONS and (inner := path(node, products)):
+            found[node] = (inner, {n: products[n] for n in inner if n in products})
+    return found
+
+
+def _match(
+    program: Program,
+    node: fx.Node,
+    inner: Sequence[fx.Node],
+    products: Products,
+    apart: Iterable[fx.Node],
+) -> Match:
+    counts = (user for user in node.users if user.target is aten.sym_size.int)
+    sizes = [count for count in counts if count.args[1] in range(val(node).dim() - 1)]
+    bound: dict[str, Any] = {"products": products, "inner": frozenset(inner)}
+    bound["refusal"] = _refusal(program, node, products, frozenset(apart))
+    return Match(program, (node, *sizes), (node, *sizes, *inner), bound, frozenset(inner))
+
+
+def _refusal(
+    program: Program, node: fx.Node, products: Products, apart: frozenset[fx.Node]
+) -> Refusal | None:
+    """All of a product is needed besides, or more rows are read than there are."""
+    for product in products.values():
+        reason = needed_whole([Translation(program, [product])], apart=apart)
+        if reason is not None:
+            return reason
+    read, rows = (volume(shape_of(n)[:-1]) for n in (node, next(iter(products))))
+    if isinstance(read, int) and isinstance(rows, int) and read > rows:
+        return Refusal(f"{read} rows are read, of {rows} that there are", node)
+    return None
