@@ -35,6 +35,12 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
         "pass it as a Python argument, or use tensor operations such as masks",
     ),
     (
+        r"Could not guard on data-dependent expression (Eq|Ne)\((\d+\*)?u\d+, 0\)",
+        "an operator asks whether rows that values select (x[mask]) are none",
+        "apply it before the selection (x.logsumexp(-1)[mask]), or, where some are always "
+        "selected, say so behind it: torch._check(x.shape[0] > 0)",
+    ),
+    (
         r"data-dependent|GuardOnDataDependent|Could not guard",
         "control flow depends on the values of a tensor",
         "replace the branch by torch.where or torch.cond, or pass the value as a Python argument",

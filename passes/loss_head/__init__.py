@@ -58,4 +58,4 @@ class FuseLossHead(Pass):
             kind(self.min_bytes, self.chunk_bytes, lazy_logits=self.lazy_logits)
             for kind in (*kinds, FuseRowSummaries)
         ]
-        return (*SpellSummaries(self.min_bytes).rules(), *fuse)
+        return (*SpellSummaries(self.min_bytes, self.lazy_logits).rules(), *fuse)

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.passes.loss_head.counts import same_count
 from graphopt.passes.loss_head.registry import (
     Columns,
     Found,
@@ -136,7 +135,4 @@ _ONE_NAME = "dynamic_shapes, with one name for axes of one size"
 
 def _same_rows(t: Translation, main: fx.Node, index: fx.Node) -> bool:
     sizes = [list(val(n).shape) for n in (main, index)]
-    return all(
-        statically_known_true(sizes[0][d] == sizes[1][d]) or same_count(main, index, d)
-        for d in t.row_dims(main)
-    )
+    return all(statically_known_true(sizes[0][d] == sizes[1][d]) for d in t.row_dims(main))

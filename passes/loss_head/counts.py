@@ -1,4 +1,4 @@
-"""How many positions values select: read where they are selected, not off what follows."""
+"""How many positions a mask selects: as many of one tensor as of another."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.analysis.axis_rules.sizes import Size, size_of
-from graphopt.analysis.flow import dependents
+from graphopt.analysis.axis_rules.sizes import size_of
 from graphopt.program import Program, is_random, val
 from graphopt.rewrite import Builder, Candidate, Example, Match, Numeric, Profit, Rule
 from graphopt.rewrite.match import same_literal
@@ -18,59 +17,47 @@ from graphopt.rewrite.match import same_literal
 aten = torch.ops.aten
 
 
-class CountWhereSelected(Rule):
-    """``f(x[mask]).shape[0] = x[mask].shape[0]``: a size alone must not need a large value."""
+class SelectAlike(Rule):
+    """``x[mask]`` and ``y[mask]`` have as many rows: the sizes are known to be one.
+
+    Each selection counts for itself, and a count that values decide equals no other unless told.
+    """
 
     profit = Profit.ALWAYS
     numeric = Numeric.BITWISE
 
     def find(self, program: Program) -> Iterator[Candidate]:
-        sources = _sources(program)
-        below = {source: set(dependents([source])) for source, _ in sources.values()}
-        for node in program.graph.find_nodes(op="call_function", target=aten.sym_size.int):
-            source, dim = sources.get(size_of(val(node)), (None, 0))
-            value: Any = node.args[0]
-            if source is not None and value is not source and value in below[source]:
-                bound = {"source": source, "dim": dim}
-                yield Candidate(Match(program, (node,), (node,), bound))
+        known: list[tuple[fx.Node, fx.Node]] = []
+        for node in program.graph.find_nodes(op="call_function", target=aten.index.Tensor):
+            mask = _mask(node)
+            if mask is None:
+                continue
+            first = next((n for n, other in known if _alike(mask, other)), None)
+            if first is None:
+                known.append((node, mask))
+            elif not statically_known_true(_count(node) == _count(first)):
+                yield Candidate(Match(program, (node,), (node,), {"first": first}))
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
-        made: fx.Node = build(aten.sym_size.int, match["source"], match["dim"])
-        return made
+        node, first = match.root, match["first"]
+        same, shapes = size_of(_count(first)), build.fake_mode.shape_env
+        shapes._set_replacement(size_of(_count(node)), same, "selected by one mask")
+        x, indices = node.args
+        indices = [None if i is None else _mask(first) for i in indices]
+        return build.of_size(list(val(node).shape), node.target, x, indices)
 
     def examples(self) -> Iterable[Example]:
-        yield _case("behind a function", lambda x: x[x > 0].exp())
+        yield _case("spelled twice", lambda x: torch.cat([x[x > 0], x.exp()[x > 0]]))
 
     def near_misses(self) -> Iterable[Example]:
-        yield _case("where it is selected", lambda x: x[x > 0])
-        yield _case("of another selection", lambda x: x[x > 0][x[x > 0] > 1].exp()[:0])
+        yield _case("one node", lambda x: (m := x > 0, torch.cat([x[m], x.exp()[m]]))[1])
+        yield _case("other masks", lambda x: torch.cat([x[x > 0], x[x > 0.1]]))
 
 
-def _sources(program: Program) -> dict[Size, tuple[fx.Node, int]]:
-    """For each size that values decide, the first tensor that has it, and along which dim."""
-    found: dict[Size, tuple[fx.Node, int]] = {}
-    for node in program.graph.nodes:
-        if isinstance(val(node), Tensor):
-            for dim, size in enumerate(val(node).shape):
-                if has_free_unbacked_symbols(size):
-                    found.setdefault(size_of(size), (node, dim))
-    return found
-
-
-def same_count(one: fx.Node, other: fx.Node, dim: int) -> bool:
-    """Whether a dim of two values has as many positions as one mask selects."""
-    masks = [_mask(_origin(node, size_of(val(node).shape[dim]))) for node in (one, other)]
-    return None not in masks and _alike(*masks)
-
-
-def _origin(node: fx.Node, size: Size) -> fx.Node:
-    """Upwards from a value, the first that has a size which values decide."""
-    while True:
-        above = (a for a in node.all_input_nodes if isinstance(val(a), Tensor))
-        source = next((a for a in above if size in map(size_of, val(a).shape)), None)
-        if source is None:
-            return node
-        node = source
+def _count(node: fx.Node) -> Any:
+    """How many positions a mask selects."""
+    given: Any = node.args[1]
+    return val(node).shape[next(k for k, index in enumerate(given) if index is not None)]
 
 
 def _mask(node: fx.Node) -> Any:
@@ -83,30 +70,43 @@ def _mask(node: fx.Node) -> Any:
     return indices[0] if alone else None
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: fx.Node, other: fx.Node) -> bool:
     """Whether two values are computed in the same way from the same."""
-    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
-        return same_literal(one, other)
-    if one is other:
-        return True
-    called = one.op == other.op == "call_function" and one.target is other.target
-    if not called or is_random(one) or len(one.args) != len(other.args):
+    queue, seen = [(one, other)], set[tuple[fx.Node, fx.Node]]()
+    while queue:
+        pair = queue.pop()
+        if pair[0] is pair[1] or pair in seen:
+            continue
+        seen.add(pair)
+        if not _called_alike(*pair):
+            return False
+        queue += zip(*(node.all_input_nodes for node in pair), strict=True)
+    return True
+
+
+def _called_alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes differ in nothing but the nodes that they read."""
+    if not one.op == other.op == "call_function" or one.target is not other.target:
         return False
-    return one.kwargs == other.kwargs and all(map(_alike, one.args, other.args))
+    words = [fx.node.map_arg((n.args, n.kwargs), _places(n).__getitem__) for n in (one, other)]
+    return not is_random(one) and same_literal(
+        *([args, sorted(kwargs.items())] for args, kwargs in words)
+    )
+
+
+def _places(node: fx.Node) -> dict[fx.Node, str]:
+    return {read: f"%{k}" for k, read in enumerate(node.all_input_nodes)}
 
 
 def _case(name: str, function: Any) -> Example:
-    return Example(name, lambda: _Counted(function), lambda: (torch.randn(9),))
+    return Example(name, lambda: _Function(function), lambda: (torch.randn(9),))
 
 
-class _Counted(nn.Module):
-    """A mean that is spelled as a sum and a count."""
-
+class _Function(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.function(x)
-        total: Tensor = made.sum() / max(made.shape[0], 1)
-        return total
+        return made

@@ -19,6 +19,7 @@ from graphopt.passes.loss_head.needed import is_head, is_large, needed_whole
 from graphopt.passes.loss_head.prepare import SpellSummaries
 from graphopt.passes.loss_head.products import Factor, LargeProduct, large_products
 from graphopt.passes.loss_head.rows import shape_of
+from graphopt.passes.loss_head.select import selected_rows
 from graphopt.passes.loss_head.translate import Translation
 from graphopt.program import Program, val
 from graphopt.rewrite import (
@@ -97,9 +98,10 @@ class FuseRowSummaries(Rule):
 def drop_logits(program: Program, min_bytes: int) -> None:
     """Return ``None`` in place of large products that nothing but the output needs whole."""
     dropped: set[fx.Node] = set()
+    apart = selected_rows(program, min_bytes)
     for group in _heads(program, min_bytes):
         found = Translation(program, group)
-        if needed_whole([found], outputs=False) is None:
+        if needed_whole([found], outputs=False, apart=apart) is None:
             dropped.update(n for n in found.values if found.is_matrix(n))
     if not dropped:
         return

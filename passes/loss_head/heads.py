@@ -206,7 +206,7 @@ def of_masked_with_accuracy(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tens
 
 def at_positions(m: Head, h: Tensor, t: Tensor) -> Tensor:
     """Some positions more than once."""
-    batch, places = torch.arange(h.shape[0])[:, None], t[:, :5] % 7
+    batch, places = torch.arange(h.shape[0])[:, None], t[:, :50] % 20
     return loss(m.logits(h)[batch, places], t[batch, places])
 
 

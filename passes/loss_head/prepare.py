@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.loss_head.columns import LossOfColumns
-from graphopt.passes.loss_head.counts import CountWhereSelected
+from graphopt.passes.loss_head.counts import SelectAlike
 from graphopt.passes.loss_head.select import SelectFirst
 from graphopt.program import Program, val
 from graphopt.rewrite import (
@@ -36,18 +36,20 @@ class SpellSummaries(Pass):
 
     Attributes:
         min_bytes: products below this size are left alone.
+        lazy_logits: logits that the caller gets may be computed when they are read.
     """
 
     min_bytes: int = 0
+    lazy_logits: bool = False
 
     def rules(self) -> Sequence[Rule]:
-        select = SelectFirst(self.min_bytes)
+        select = SelectFirst(self.min_bytes, lazy_logits=self.lazy_logits)
         return (
             GatherByArange(),
             GatherDiagonal(),
             LogAddExp(),
             LossOfColumns(),
-            CountWhereSelected(),
+            SelectAlike(),
             select,
         )
 

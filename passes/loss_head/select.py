@@ -14,8 +14,8 @@ from torch import fx
 
 from graphopt.analysis.axis_rules.sizes import product as volume
 from graphopt.passes.canonicalize import Canonicalize
-from graphopt.passes.loss_head import selections
-from graphopt.passes.loss_head.needed import is_head, needed_whole
+from graphopt.passes.loss_head import lazy, selections
+from graphopt.passes.loss_head.needed import is_head, is_large, needed_whole
 from graphopt.passes.loss_head.products import LargeProduct, large_products
 from graphopt.passes.loss_head.rows import shape_of
 from graphopt.passes.loss_head.rowwise import SELECTIONS, Selected, path
@@ -37,8 +37,8 @@ class SelectFirst(Rule):
     benefit = 40
     folds = False
 
-    def __init__(self, min_bytes: int = 0) -> None:
-        self.min_bytes = min_bytes
+    def __init__(self, min_bytes: int = 0, *, lazy_logits: bool = False) -> None:
+        self.min_bytes, self.lazy_logits = min_bytes, lazy_logits
 
     def prepare(self) -> Iterable[Pass]:
         return (Canonicalize(),)
@@ -46,7 +46,8 @@ class SelectFirst(Rule):
     def find(self, program: Program) -> Iterator[Candidate]:
         paths = selected_rows(program, self.min_bytes)
         for node, (inner, products) in paths.items():
-            yield Candidate(_match(program, node, inner, products, paths))
+            apart = frozenset(paths)
+            yield Candidate(_match(program, node, inner, products, apart, self.lazy_logits))
 
     def check(self, match: Match) -> Refusal | None:
         refusal: Refusal | None = match["refusal"]
@@ -54,8 +55,12 @@ class SelectFirst(Rule):
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         selected = Selected(match["products"], match["inner"], build)
-        made, sizes = selected.of(match.root, []), match.roots[1:]
-        return made, *(build.size(selected.hidden[0], size.args[1]) for size in sizes)
+        values = {match.root: selected.of(match.root, [])}
+        for size in match["sizes"]:
+            values[size] = build.size(selected.hidden[0], size.args[1])
+        for node, found in match["lazy"].items():
+            values[node] = lazy.emit(found, node, build, values)
+        return tuple(values[n] for n in match.roots)
 
     def examples(self) -> Iterable[Example]:
         return selections.examples()
@@ -86,23 +91,25 @@ def _match(
     node: fx.Node,
     inner: Sequence[fx.Node],
     products: Products,
-    apart: Iterable[fx.Node],
+    apart: frozenset[fx.Node],
+    lazy_logits: bool,
 ) -> Match:
+    """A selection, with what reads its number of rows, and logits that only the caller reads."""
     counts = (user for user in node.users if user.target is aten.sym_size.int)
     sizes = [count for count in counts if count.args[1] in range(val(node).dim() - 1)]
-    bound: dict[str, Any] = {"products": products, "inner": frozenset(inner)}
-    bound["refusal"] = _refusal(program, node, products, frozenset(apart))
-    return Match(program, (node, *sizes), (node, *sizes, *inner), bound, frozenset(inner))
+    found = [Translation(program, [product]) for product in products.values()]
+    later = lazy.returned(program, found) if lazy_logits else None
+    refusals = (needed_whole([t], later, apart=apart) for t in found)
+    refusal = next(filter(None, refusals), None) or _too_many(node, products)
+    shown = {n: t for n, t in (later or {}).items() if all(is_large(t, v) for v in t.inside)}
+    bound: dict[str, Any] = {"products": products, "inner": frozenset(inner), "sizes": sizes}
+    bound |= {"lazy": shown, "refusal": refusal}
+    roots = tuple(dict.fromkeys([node, *sizes, *shown]))
+    nodes = tuple(dict.fromkeys([*roots, *inner]))
+    return Match(program, roots, nodes, bound, frozenset(inner))
 
 
-def _refusal(
-    program: Program, node: fx.Node, products: Products, apart: frozenset[fx.Node]
-) -> Refusal | None:
-    """All of a product is needed besides, or more rows are read than there are."""
-    for product in products.values():
-        reason = needed_whole([Translation(program, [product])], apart=apart)
-        if reason is not None:
-            return reason
+def _too_many(node: fx.Node, products: Products) -> Refusal | None:
     read, rows = (volume(shape_of(n)[:-1]) for n in (node, next(iter(products))))
     if isinstance(read, int) and isinstance(rows, int) and read > rows:
         return Refusal(f"{read} rows are read, of {rows} that there are", node)
