@@ -62,10 +62,11 @@ class Builder:
     def of_size(self, sizes: Sequence[Any], target: Callable[..., Any], *args: Any) -> fx.Node:
         """Emit a call that decides its sizes by values, as another did: they are known to be
         ``sizes``."""
-        meta = self._infer(target, args, {})
-        if any(has_free_unbacked_symbols(size) for size in sizes):
+        if not any(map(has_free_unbacked_symbols, sizes)):
+            meta = self._infer(target, args, {})
+        else:
             with self.fake_mode:
-                meta = meta.new_empty(sizes)
+                meta = val(args[0]).new_empty(sizes)
         return self._emit(target, args, {}, meta)
 
     def item(self, node: fx.Node, index: int) -> Any:
@@ -168,7 +169,8 @@ def infer(
     """
     shape_env = mode.shape_env
     guards = len(shape_env.guards) if shape_env is not None else 0
-    known = _known_of_sizes(shape_env)
+    known, pending = _known_of_sizes(shape_env), _pending(shape_env)
+    fresh = len(pending)
     try:
         with enable_python_dispatcher(), mode, torch.no_grad():
             meta = target(*args, **kwargs)
@@ -176,6 +178,7 @@ def infer(
         _take_back(shape_env, guards, known)
         name = operator_name(target)
         raise IllegalRewriteError(f"{name} does not fit here: {error}") from error
+    del pending[fresh:]  # sizes that values decide: no tracer waits for them here
     added = [a for a in _take_back(shape_env, guards, known) if not _is_implied(a, program)]
     # Convolutions only ask which layout is faster.
     if added and "conv" not in operator_name(target):
@@ -193,6 +196,10 @@ _KNOWN = ("replacements", "replacements_slocs", "var_to_range", "divisible", "ax
 """What a guard teaches a shape environment, besides the guard itself."""
 _ANSWERS = (("fake_tensor_cache", "clear"), ("_inner_evaluate_expr", "cache_clear"))
 """Its caches, and how they are emptied: an answer given again comes without the guard it needs."""
+
+
+def _pending(shape_env: Any) -> list[Any]:
+    return getattr(shape_env, "pending_fresh_unbacked_symbols", [])
 
 
 def _known_of_sizes(shape_env: Any) -> dict[str, Any]:

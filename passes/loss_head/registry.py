@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import fx
 
-from graphopt.passes.loss_head.totals import Build, Term, Total, reciprocal
+from graphopt.passes.loss_head.totals import Number, Term, Total, reciprocal
 from graphopt.program import val
-from graphopt.rewrite import Refusal
+from graphopt.rewrite import Builder, Refusal
 
 if TYPE_CHECKING:
     from graphopt.passes.loss_head.translate import Translation
@@ -62,8 +62,25 @@ def called(t: Translation, node: fx.Node, given: dict[str, Any]) -> fx.Node:
 def over_rows(t: Translation, column: fx.Node, main: fx.Node, *, mean: bool) -> Total:
     """The sum, or the mean, of a column over the rows that ``main`` holds."""
     rows = t.rows_of(main)
-    share: tuple[Build, ...] = (lambda build: reciprocal(build, t.count(rows)),)
-    return Total((Term(column, rows, share if mean else ()),))
+    if not mean:
+        return Total((Term(column, rows),))
+    if t.is_counted(rows):
+        return Total((Term(column, rows, (lambda build: reciprocal(build, t.count(rows)),)),))
+
+    def number(build: Builder) -> fx.Node:
+        kind = {"dtype": torch.float64, "device": val(column).device}
+        made: fx.Node = build(torch.ops.aten.scalar_tensor.default, t.count(rows), **kind)
+        return made
+
+    def share(build: Builder) -> Number:
+        return reciprocal(build, build(torch.ops.aten.clamp.default, number(build), 1))
+
+    def some(build: Builder) -> Number:
+        """Whether there are rows; the mean of none is NaN."""
+        found: fx.Node = build(torch.ops.aten.gt.Scalar, number(build), 0)
+        return found
+
+    return Total((Term(column, rows, (share,)),), (some,))
 
 
 def dims_named(node: fx.Node, dims: Any) -> set[int]:

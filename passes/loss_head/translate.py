@@ -190,6 +190,11 @@ class Translation:
         assert self.flat is not None
         return self.flat.count(rows)
 
+    def is_counted(self, rows: RowSet) -> bool:
+        """Whether the number of rows in a set is a plain number."""
+        sizes = self.rows.sizes if rows == self.rows.every else [s for s, _ in rows.digits]
+        return all(isinstance(size, int) for size in sizes)
+
     def operand(self, value: fx.Node, at: fx.Node) -> fx.Node | Refusal:
         """An operand of an elementwise operator ``at``: inside, or brought in."""
         place = self.place(at)
