@@ -281,6 +281,7 @@ there are, as Dynamo does not know two inputs to be of one size."""
 
 
 @pytest.mark.parametrize("name", [n for n in HEADS if n not in STATIC_IN_DYNAMO | SQUARE])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_heads_with_dynamic_sizes_through_dynamo(name: str, fresh_dynamo: None) -> None:
     model, (h, t) = Head(HEADS[name]).train(), inputs()
     backend = Backend(Options(passes=SMALL_CHUNKS, measure=False))
