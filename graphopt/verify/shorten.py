@@ -9,12 +9,14 @@ their names, so what a pass does to the one can be compared with what it does to
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
+from graphopt.analysis.alike import alike
 from graphopt.analysis.axes import AxisFlow, Leg, Placement, rule_of, trace_axis
 from graphopt.analysis.axis_rules import pointwise
 from graphopt.errors import IllegalRewriteError
@@ -101,6 +103,8 @@ class _Shortening:
 
     def visit(self, node: fx.Node) -> None:
         """Let a call that depends on the axis stand on shorter operands."""
+        if node.target is aten.index.Tensor:
+            self._select_rows(node)
         for aligned in self.flow.aligned.get(node, ()):
             self.operand(node, aligned.node, aligned.placement)
         if node.target in _VIEWS:
@@ -111,7 +115,10 @@ class _Shortening:
             self._select(node)
         elif node.target is aten.index.Tensor:
             self._index(node)
-        self.settle(node)
+        elif node.target is aten.index_select.default:
+            self._wrap(node, node.args[2], arguments(node)["dim"])
+        if not self._stands_still(node):
+            self.settle(node)
 
     def settle(self, node: fx.Node) -> None:
         """Give a node its new value, which must be shorter along the axis and nowhere else."""
@@ -170,6 +177,49 @@ class _Shortening:
             if isinstance(index, fx.Node) and index.target is aten.arange.default:
                 for place in self.flow.places(main):
                     self.operand(node, index, place.moved({dim: 0}))
+
+    def _select_rows(self, node: fx.Node) -> None:
+        """``x[mask]`` takes the mask's first positions, and so does what the mask selects besides;
+        positions by index are counted round."""
+        main: Any = node.args[0]
+        dims = {d for place in self.flow.places(main) for d in place.dims}
+        for at, index in _indexed(node):
+            if not dims.isdisjoint(range(at, at + _dims_of(index))):
+                if val(index).dtype is torch.bool:
+                    self._mask(node, index, at)
+                elif index.target is not aten.arange.default:
+                    self._wrap(node, index, at)
+
+    def _mask(self, node: fx.Node, mask: fx.Node, at: int) -> None:
+        """Cut a mask over the dims from ``at`` on, here and where it selects from other tensors."""
+        main: Any = node.args[0]
+        place = self.flow.places(main)[0]
+        inside = {d: d - at for d in place.dims}
+        if not all(0 <= d < val(mask).dim() for d in inside.values()):
+            raise IllegalRewriteError(f"`{mask.name}` selects along some dims of an axis")
+        cut = place.moved(inside)
+        calls = self.program.graph.find_nodes(op="call_function", target=aten.index.Tensor)
+        places = [(user, first, index) for user in sorted(calls) for first, index in _indexed(user)]
+        for user, first, index in [p for p in places if alike(p[2], mask)]:
+            source: Any = user.args[0]
+            if user is node or not self.flow.depends(user):
+                self.operand(user, index, cut)
+                self.operand(user, source, cut.moved({d: d + first for d in cut.dims}))
+
+    def _wrap(self, node: fx.Node, index: Any, dim: int) -> None:
+        """Positions beyond the end start again from the first."""
+        main: Any = node.args[0]
+        if main in self.before:
+            count = _sizes(main)[dim]
+            wrapped = self._emit(node, aten.remainder.Scalar, index, count)
+            node.replace_input_with(index, wrapped)
+
+    def _stands_still(self, node: fx.Node) -> bool:
+        """Whether values decide how much is left of the axis, or nothing is."""
+        shorter = any(a in self.before for a in node.all_input_nodes)
+        fake = val(node)
+        decided = isinstance(fake, torch.Tensor) and any(map(has_free_unbacked_symbols, fake.shape))
+        return decided or not (shorter or self.flow.places(node))
 
     # Operands that are indexed by the axis and do not come from the product.
 
@@ -262,6 +312,21 @@ class _Shortening:
     def _note(self, node: fx.Node) -> None:
         if isinstance(val(node), torch.Tensor):
             self.before.setdefault(node, _sizes(node))
+
+
+def _indexed(node: fx.Node) -> Iterator[tuple[int, fx.Node]]:
+    """The indices of a call, each with the first dim that it stands for."""
+    indices: Any = node.args[1]
+    at = 0
+    for index in indices:
+        if index is not None:
+            yield at, index
+        at += 1 if index is None else _dims_of(index)
+
+
+def _dims_of(index: fx.Node) -> int:
+    """How many dims an index stands for."""
+    return int(val(index).dim()) if val(index).dtype in (torch.bool, torch.uint8) else 1
 
 
 def _sizes(node: fx.Node) -> Shape:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.chunks import evaluate
@@ -73,8 +72,8 @@ def _gradients(ctx: Any, cotangents: Tensors) -> Sequence[Tensor]:
     if ctx.gradients is not None:
         # Ours alone and used up here: a second backward computes them anew.
         held, ctx.gradients = ctx.gradients, None
-        if guard_or_false(ctx.saved_tensors[0].shape[0] == 0):
-            return held  # zeros, were the cotangent infinite, as that of a mean of nothing is
+        if not torch.compiler.is_compiling() and not len(ctx.saved_tensors[0]):
+            return held  # zeros, also where the cotangent of a mean of nothing is infinite
         return [g.mul_(cotangents[0]) for g in held]
     saved, count = ctx.saved_tensors, sum(ctx.counts)
     tensors, totals = saved[:count], saved[count:]

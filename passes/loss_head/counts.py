@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.analysis.alike import alike
 from graphopt.analysis.axis_rules.sizes import size_of
-from graphopt.program import Program, is_random, val
+from graphopt.program import Program, val
 from graphopt.rewrite import Builder, Candidate, Example, Match, Numeric, Profit, Rule
-from graphopt.rewrite.match import same_literal
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ class SelectAlike(Rule):
             mask = _mask(node)
             if mask is None:
                 continue
-            first = next((n for n, other in known if _alike(mask, other)), None)
+            first = next((n for n, other in known if alike(mask, other)), None)
             if first is None:
                 known.append((node, mask))
             elif not statically_known_true(_count(node) == _count(first)):
@@ -68,34 +68,6 @@ def _mask(node: fx.Node) -> Any:
     indices = [i for i in given if i is not None]
     alone = len(indices) == 1 and val(indices[0]).dtype is torch.bool
     return indices[0] if alone else None
-
-
-def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two values are computed in the same way from the same."""
-    queue, seen = [(one, other)], set[tuple[fx.Node, fx.Node]]()
-    while queue:
-        pair = queue.pop()
-        if pair[0] is pair[1] or pair in seen:
-            continue
-        seen.add(pair)
-        if not _called_alike(*pair):
-            return False
-        queue += zip(*(node.all_input_nodes for node in pair), strict=True)
-    return True
-
-
-def _called_alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two nodes differ in nothing but the nodes that they read."""
-    if not one.op == other.op == "call_function" or one.target is not other.target:
-        return False
-    words = [fx.node.map_arg((n.args, n.kwargs), _places(n).__getitem__) for n in (one, other)]
-    return not is_random(one) and same_literal(
-        *([args, sorted(kwargs.items())] for args, kwargs in words)
-    )
-
-
-def _places(node: fx.Node) -> dict[fx.Node, str]:
-    return {read: f"%{k}" for k, read in enumerate(node.all_input_nodes)}
 
 
 def _case(name: str, function: Any) -> Example:

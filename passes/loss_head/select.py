@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.analysis.axis_rules.sizes import product as volume
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.loss_head import lazy, selections
 from graphopt.passes.loss_head.needed import is_head, is_large, needed_whole
 from graphopt.passes.loss_head.products import LargeProduct, large_products
-from graphopt.passes.loss_head.rows import shape_of
 from graphopt.passes.loss_head.rowwise import SELECTIONS, Selected, path
 from graphopt.passes.loss_head.translate import Translation
 from graphopt.program import Program, val
@@ -30,7 +28,8 @@ class SelectFirst(Rule):
     """``f(h W^T + b)[i] = f(h[i] W^T + b)``, ``f`` acting on rows, ``i`` rows or a mask of them.
 
     The gradients of a row that is selected twice add up in ``h``, where they are narrow. What else
-    is read of the product, summaries of all its rows, reads a product of its own: none is held.
+    is read of the product, summaries of all its rows, reads a product of its own: none is held, at
+    the price of computing rows that both read, or that are selected twice, twice.
     """
 
     profit = Profit.ALWAYS
@@ -100,17 +99,10 @@ def _match(
     found = [Translation(program, [product]) for product in products.values()]
     later = lazy.returned(program, found) if lazy_logits else None
     refusals = (needed_whole([t], later, apart=apart) for t in found)
-    refusal = next(filter(None, refusals), None) or _too_many(node, products)
+    refusal = next(filter(None, refusals), None)
     shown = {n: t for n, t in (later or {}).items() if all(is_large(t, v) for v in t.inside)}
     bound: dict[str, Any] = {"products": products, "inner": frozenset(inner), "sizes": sizes}
     bound |= {"lazy": shown, "refusal": refusal}
     roots = tuple(dict.fromkeys([node, *sizes, *shown]))
     nodes = tuple(dict.fromkeys([*roots, *inner]))
     return Match(program, roots, nodes, bound, frozenset(inner))
-
-
-def _too_many(node: fx.Node, products: Products) -> Refusal | None:
-    read, rows = (volume(shape_of(n)[:-1]) for n in (node, next(iter(products))))
-    if isinstance(read, int) and isinstance(rows, int) and read > rows:
-        return Refusal(f"{read} rows are read, of {rows} that there are", node)
-    return None
