@@ -78,7 +78,7 @@ def selected_rows(
     large = (p for p in large_products(program) if p.bytes >= min_bytes)
     last = (p for p in large if p.row_dims == tuple(range(p.class_dim)))
     products = {p.node: p for p in last if is_head(p)}
-    found = {}
+    found: dict[fx.Node, tuple[Sequence[fx.Node], Products]] = {}
     for node in program.graph.nodes:
         if products and node.target in SELECTIONS and (inner := path(node, products)):
             found[node] = (inner, {n: products[n] for n in inner if n in products})
