@@ -299,7 +299,7 @@ def test_heads_with_dynamic_sizes_through_dynamo(name: str, fresh_dynamo: None) 
 
 @pytest.mark.parametrize("given", [{}, {"drop_logits": True}, {"lazy_logits": True}], ids=str)
 def test_what_capture_asserts_of_logits_does_not_stop_the_pass(given: dict[str, bool]) -> None:
-    """``.float()`` leaves an assert of the dtype; alone the pass does not run after Canonicalize."""
+    """``.float()`` leaves an assert of the dtype, which Canonicalize does not take away here."""
 
     def loss(m: Any, h: Tensor, t: Tensor) -> Any:
         logits = m.logits(h)
