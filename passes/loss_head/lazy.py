@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import fx
@@ -86,17 +87,42 @@ def _call(t: Translation, node: fx.Node, build: Builder) -> fx.Node:
     products = {logits: p for p, logits in pairs if logits in inputs}
     beside = {i: given for i, given in t.row_inputs.items() if i in inputs}
     others = {i: given for i, given in t.whole_inputs.items() if i in inputs}
+    with _rounded(t) as rounded:
+        value = rounded.get(t.values[node], t.values[node])
+        text = spell([*products, *beside, *others], [value], [])
     made = build(
         deferred,
         [flat.hidden(p.hidden.build(build)) for p in products.values()],
         [p.weight.build(build) for p in products.values()],
         [cut(given, t, flat) for given in beside.values()],
         [whole(given, build) for given in others.values()],
-        spell([*products, *beside, *others], [t.values[node]], []),
+        text,
     )
     if t.values[node] not in t.body.smooth:
         made = build(aten.detach.default, made)
     return flat.restored(made, place, shape_of(node))
+
+
+@contextmanager
+def _rounded(t: Translation) -> Iterator[dict[fx.Node, fx.Node]]:
+    """Within, a product plus its bias is of the product's dtype, as ``linear`` is under autocast.
+
+    Yields:
+        sum -> what stands for it.
+    """
+    graph, made = t.body.graph, dict[fx.Node, fx.Node]()
+    for logits, total in t.biased.items():
+        with graph.inserting_after(total):
+            made[total] = graph.call_function(aten.type_as.default, (total, logits))
+        users = [u for u in total.users if u is not made[total]]
+        for user in users:
+            user.replace_input_with(total, made[total])
+    try:
+        yield made
+    finally:
+        for total, cast in made.items():
+            cast.replace_all_uses_with(total)
+            graph.erase_node(cast)
 
 
 def _inputs(t: Translation, node: fx.Node) -> set[fx.Node]:

@@ -30,6 +30,7 @@ class Translation:
 
     Attributes:
         values: program node -> body node ``(n, width)``, for every node inside.
+        biased: product of the body -> its sum with a bias, where there is one.
         totals: program node -> sum over all rows.
         columns: program node -> the matrix whose columns it sums up over all rows.
         outside: nodes that depend on the products and are not inside, with the reason.
@@ -47,6 +48,7 @@ class Translation:
         self.classes = trace_axis(first.node, first.class_dim, beside)
         self.body = BodyGraph(program)
         self.logits: list[fx.Node] = []
+        self.biased: dict[fx.Node, fx.Node] = {}
         self.values: dict[fx.Node, fx.Node] = {}
         self.totals: dict[fx.Node, Total] = {}
         self.columns: dict[fx.Node, fx.Node] = {}
@@ -117,7 +119,9 @@ class Translation:
             self.logits.append(logits)
             self.values[each.node] = logits
             if each.bias is not None and isinstance(b := self.whole(each.bias), fx.Node):
-                self.values[each.node] = self.body(aten.add.Tensor, logits, b)
+                self.values[each.node] = self.biased[logits] = self.body(
+                    aten.add.Tensor, logits, b
+                )
         for node in self.dependents:
             if (reason := self._visit(node)) is not None:
                 self.outside[node] = reason

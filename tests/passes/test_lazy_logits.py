@@ -167,6 +167,25 @@ def test_an_optimizer_step_before_logits_are_read() -> None:
         logits.argmax(-1)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["captured outside", "captured inside"])
+@pytest.mark.parametrize("head", [returned, capped])
+def test_a_bias_under_autocast(head: Any, *, inside: bool) -> None:
+    """`linear` gives the low precision then, and what follows it stays there."""
+
+    def biased(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        x = F.linear(h, m.w, m.b)
+        return loss(x.float(), t), x
+
+    model, args = Head(head if head is capped else biased).train(), inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        lazy = graphopt.compile(model, example_inputs=args, passes=LAZY)
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, wanted), (_, made) = model(*args), lazy(*args)
+    assert type(made) is DeferredTensor
+    assert made.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(made + 0, wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_under_autocast() -> None:
     model, args = Head(returned).train(), inputs()
     fast = graphopt.compile(model, example_inputs=args, passes=LAZY, measure=False)
