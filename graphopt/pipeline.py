@@ -20,6 +20,10 @@ from graphopt.verify.timing import Stopwatch, pays
 from graphopt.verify.trials import hold, trial_inputs
 from graphopt.verify.whole import hash_inputs
 
+LOSS = 2.0
+"""What outputs may be off by, times what the coarsest lossy rewrite may be: errors that do not know
+of each other add up as the root of their number, and norms and residual paths damp them."""
+
 ROUNDS = 8
 """Times a pass is replayed after rewrites were taken back before it is given up."""
 
@@ -262,25 +266,32 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
     """Whether the whole holds to float64 on every set of inputs; adds the certificates.
 
     Gradients that operators filter are compared in full: what filters may leave out is stated, and
-    held to, where they stand.
+    held to, where they stand. Where lossy rewrites were applied, outputs may be off by `LOSS` times
+    what the coarsest of these may be.
     """
     if context.thin is not None:
         original, optimized = context.thin.original, context.thin.program
     optimized = full_program(optimized)
-    lossy = any(a.certificate.numeric == Numeric.LOSSY for a in context.report.applied)
-    numeric = Numeric.LOSSY if lossy else Numeric.REASSOCIATED
+    certificates = [a.certificate for a in context.report.applied]
+    losses = [c.bound for c in certificates if c.numeric == Numeric.LOSSY]
+    tolerance = min(1.0, LOSS * max(losses)) if losses else None
     sound = True
     for inputs in context.inputs:
-        certificate, ok = _certify_once(original, optimized, inputs, numeric, name)
+        certificate, ok = _certify_once(original, optimized, inputs, tolerance, name)
         context.report.whole.append(certificate)
         sound &= ok
     return sound
 
 
 def _certify_once(
-    original: Program, optimized: Program, inputs: list[Any], numeric: Numeric, name: str
+    original: Program,
+    optimized: Program,
+    inputs: list[Any],
+    tolerance: float | None,
+    name: str,
 ) -> tuple[Certificate, bool]:
-    outputs, gradients = hold(original, optimized, inputs, numeric)
+    numeric = Numeric.REASSOCIATED if tolerance is None else Numeric.LOSSY
+    outputs, gradients = hold(original, optimized, inputs, numeric, tolerance or 0.0)
     ok = outputs.ok and (gradients is None or gradients.ok)
     notes = tuple(m.note for m in (outputs, gradients) if m is not None and m.note)
     certificate = Certificate(

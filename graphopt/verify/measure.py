@@ -85,10 +85,18 @@ def compare(
         reference = torch.view_as_real(reference)
         rounded = [torch.view_as_real(value) for value in rounded]
     if not old.is_floating_point():
-        return _failure("integer or boolean values differ")
+        return _share(old, new, tolerance if numeric is Numeric.LOSSY else 0.0)
     if not _are_finite(old, new) and not torch.equal(old.isfinite(), new.isfinite()):
         return _failure("infinities or NaN in other places")
     return _judge(old, new, reference, numeric, tolerance, magnitude, rounded)
+
+
+def _share(old: Tensor, new: Tensor, tolerance: float) -> Measure:
+    """Of integers and booleans, how many differ: decisions that follow from what was off a bit."""
+    share = float((old != new).double().mean())
+    if tolerance and share <= tolerance:
+        return Measure(share, 1.0, 0.0, tolerance, True)
+    return _failure("integer or boolean values differ")
 
 
 def _judge(

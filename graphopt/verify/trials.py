@@ -66,6 +66,7 @@ def hold(
     optimized: Program,
     inputs: Sequence[Any],
     numeric: Numeric,
+    tolerance: float = 0.0,
     *,
     lower: Lower | None = None,
 ) -> tuple[Measure, Measure | None]:
@@ -75,16 +76,18 @@ def hold(
     rounding: a model that magnifies rounding is not held to a run that was near by luck.
 
     Args:
+        tolerance: for lossy programs, the largest relative RMS error.
         lower: makes the optimized graph executable, where the interpreter is not to run it.
     """
     grad = not original.frozen
     old = run_program(original, inputs, wide=False, grad=grad)
     exact = run_program(original, inputs, wide=True, grad=grad)
     new = run_program(optimized, inputs, wide=False, grad=grad, lower=lower)
-    found = compare_outcomes(old, new, exact, numeric)
+    found = compare_outcomes(old, new, exact, numeric, tolerance)
     if numeric is Numeric.LOSSY or all(m is None or m.ok for m in found):
         return found
-    return compare_outcomes(old, new, exact, numeric, rounded_runs(original, inputs))
+    rounded = rounded_runs(original, inputs)
+    return compare_outcomes(old, new, exact, numeric, rounded=rounded)
 
 
 def rounded_runs(program: Program, inputs: Sequence[Any]) -> list[Outcome]:

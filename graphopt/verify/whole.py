@@ -122,20 +122,22 @@ def compare_outcomes(
     new: Outcome,
     reference: Outcome,
     numeric: Numeric,
+    tolerance: float = 0.0,
     rounded: Sequence[Outcome] = (),
 ) -> tuple[Measure, Measure | None]:
     """Measures of outputs and of gradients (``None`` where the old program has no gradients).
 
     Args:
+        tolerance: for lossy programs, the largest relative RMS error.
         rounded: the old program again, with random rounding.
     """
     outputs = [
-        compare(o, n, r, numeric, rounded=[m.outputs[i] for m in rounded])
+        compare(o, n, r, numeric, tolerance, rounded=[m.outputs[i] for m in rounded])
         for i, (o, n, r) in enumerate(zip(old.outputs, new.outputs, reference.outputs, strict=True))
     ]
     again = [m.gradients for m in rounded]
     gradients = _compare_gradients(
-        old.gradients, new.gradients, reference.gradients, numeric, again
+        old.gradients, new.gradients, reference.gradients, numeric, tolerance, again
     )
     return worst(outputs), worst(gradients) if gradients else None
 
@@ -145,6 +147,7 @@ def _compare_gradients(
     new: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     numeric: Numeric,
+    tolerance: float,
     rounded: Sequence[Mapping[str, Tensor]],
 ) -> list[Measure]:
     """A parameter that the new program does not have must have had no gradient."""
@@ -157,6 +160,7 @@ def _compare_gradients(
             known[k],
             reference[k],
             loose,
+            tolerance,
             magnitude=largest,
             rounded=[m[k] for m in rounded],
         )

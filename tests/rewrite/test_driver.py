@@ -371,3 +371,23 @@ def test_a_pass_that_never_settles_is_left_out_and_explained():
     context = Context.of(program, measure=False)
     assert run_pass(program, Only(AddOne()), context) is program
     assert any("no fixpoint" in m.reason for m in context.report.missed)
+
+
+class Rounded(Scaled):
+    """Off by 4 %, which is allowed."""
+
+    numeric, tolerance, factor = Numeric.LOSSY, 0.05, 1.04
+
+
+@pytest.mark.parametrize(("more", "sound"), [(1.04, True), (1.07, False)])
+def test_what_lossy_rewrites_add_up_to_is_held(more, sound):
+    """Twice what one of them is allowed; integers that follow from them may differ as seldom."""
+    program = program_of(lambda x: (x.sin() + x.sin(), (x.sin() > 0.5).int()), torch.randn(64, 32))
+    context = Context.of(program, measure=False)
+    after = run_pass(program, Only(Rounded()), context)
+    assert {a.certificate.numeric for a in context.report.applied} == {"lossy"}
+    for node in after.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+        node.args = (node.args[0], 1.04 * more)
+    after.recompile()
+    assert certify(program, after, context, name="whole") is sound
+    assert {c.bound for c in context.report.whole} <= {0.1, 0.0}
