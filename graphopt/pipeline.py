@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from graphopt.verify.trials import hold, trial_inputs
 from graphopt.verify.whole import hash_inputs
 
 LOSS = 2.0
-"""What outputs may be off by, times what the coarsest lossy rewrite may be: errors that do not know
-of each other add up as the root of their number, and norms and residual paths damp them."""
+"""What outputs may be off by, times what lossy rewrites come to. Errors that do not know of each
+other add up as the root of the sum of their squares."""
 
 ROUNDS = 8
 """Times a pass is replayed after rewrites were taken back before it is given up."""
@@ -267,20 +268,27 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
 
     Gradients that operators filter are compared in full: what filters may leave out is stated, and
     held to, where they stand. Where lossy rewrites were applied, outputs may be off by `LOSS` times
-    what the coarsest of these may be.
+    what these were measured to come to, and by what one of them may be.
     """
     if context.thin is not None:
         original, optimized = context.thin.original, context.thin.program
     optimized = full_program(optimized)
     certificates = [a.certificate for a in context.report.applied]
-    losses = [c.bound for c in certificates if c.numeric == Numeric.LOSSY]
-    tolerance = min(1.0, LOSS * max(losses)) if losses else None
+    tolerance = _loss([c for c in certificates if c.numeric == Numeric.LOSSY])
     sound = True
     for inputs in context.inputs:
         certificate, ok = _certify_once(original, optimized, inputs, tolerance, name)
         context.report.whole.append(certificate)
         sound &= ok
     return sound
+
+
+def _loss(lossy: Sequence[Certificate]) -> float | None:
+    """What outputs may be off by, relative; ``None`` where nothing lossy was applied."""
+    if not lossy:
+        return None
+    total = math.hypot(*(c.error for c in lossy))
+    return min(1.0, max(LOSS * total, *(c.bound for c in lossy)))
 
 
 def _certify_once(

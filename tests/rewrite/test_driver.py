@@ -379,9 +379,9 @@ class Rounded(Scaled):
     numeric, tolerance, factor = Numeric.LOSSY, 0.05, 1.04
 
 
-@pytest.mark.parametrize(("more", "sound"), [(1.04, True), (1.07, False)])
+@pytest.mark.parametrize(("more", "sound"), [(1.04, True), (1.12, False)])
 def test_what_lossy_rewrites_add_up_to_is_held(more, sound):
-    """Twice what one of them is allowed; integers that follow from them may differ as seldom."""
+    """Twice the root of three errors of 0.04 squared; integers may differ as seldom."""
     program = program_of(lambda x: (x.sin() + x.sin(), (x.sin() > 0.5).int()), torch.randn(64, 32))
     context = Context.of(program, measure=False)
     after = run_pass(program, Only(Rounded()), context)
@@ -390,4 +390,5 @@ def test_what_lossy_rewrites_add_up_to_is_held(more, sound):
         node.args = (node.args[0], 1.04 * more)
     after.recompile()
     assert certify(program, after, context, name="whole") is sound
-    assert {c.bound for c in context.report.whole} <= {0.1, 0.0}
+    bounds = [c.bound for c in context.report.whole if c.bound]
+    assert bounds == pytest.approx([2 * 3**0.5 * 0.04] * len(bounds), rel=1e-5)
