@@ -41,6 +41,11 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
         "selected, say so behind it: torch._check(x.shape[0] > 0)",
     ),
     (
+        r"Could not guard on data-dependent expression (Eq|Ne)\(u\d+, u\d+\)",
+        "an operator asks whether two selections by values (x[a], y[b]) are of one size",
+        "select by one mask, computed once: keep = labels != -100; x[keep], labels[keep]",
+    ),
+    (
         r"data-dependent|GuardOnDataDependent|Could not guard",
         "control flow depends on the values of a tensor",
         "replace the branch by torch.where or torch.cond, or pass the value as a Python argument",
