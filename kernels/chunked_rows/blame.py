@@ -18,7 +18,7 @@ def naming_row(body: Body, operands: Operands[Tensor], first: int) -> Iterator[N
 
     Args:
         operands: of the rows at hand.
-        first: the number of the first of them.
+        first: the number of the first row of a body.
     """
     try:
         yield
@@ -35,14 +35,22 @@ def _blamed(body: Body, operands: Operands[Tensor], error: Exception) -> int | N
     if isinstance(error, torch.OutOfMemoryError):
         return None
     count = operands.hidden[0].shape[0]
-    failed = [_fails(body, part(operands, slice(i, i + 1))) for i in range(count)]
+    own = (part(operands, slice(i, i + 1)) for i in range(count))
+    failed = [failed for one in own for failed in _failing(body, one)]
     index = isinstance(error, IndexError) or "out of bounds" in str(error)
     return failed.index(True) if True in failed and (index or not all(failed)) else None
 
 
-def _fails(body: Body, operands: Operands[Tensor]) -> bool:
+def _failing(body: Body, operands: Operands[Tensor]) -> Iterator[bool]:
+    """For one row of hidden, whether each of its rows of the body fails."""
+    tensors = [*products(operands), *operands.rows]
+    for k in range(operands.groups):
+        yield _fails(body, [*(t[k : k + 1] for t in tensors), *operands.whole])
+
+
+def _fails(body: Body, tensors: list[Tensor]) -> bool:
     try:
-        body([*products(operands), *operands.rows, *operands.whole])
+        body(tensors)
     except (IndexError, RuntimeError):
         return True
     return False

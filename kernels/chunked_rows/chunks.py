@@ -11,7 +11,7 @@ from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body
 from graphopt.kernels.chunked_rows.columns import log_added, none_added
 from graphopt.kernels.chunked_rows.gradients import Cotangents, Gradients
-from graphopt.kernels.chunked_rows.operands import Operands, cast, products
+from graphopt.kernels.chunked_rows.operands import Operands, cast, matrix, products
 from graphopt.kernels.chunked_rows.pieces import Chunk, spans
 from graphopt.kernels.chunked_rows.results import Collected
 
@@ -43,15 +43,15 @@ class Loop:
         self.body, self.operands, self.threshold = body, operands, threshold
         self.low = cast(operands, autocast)
         self.spans = list(spans(self.low, chunk_bytes))
-        self.count = operands.hidden[0].shape[0]
+        self.count = operands.hidden[0].shape[0] * operands.groups
 
     def run(self) -> list[Tensor]:
         """Values per row, then sums, then columns."""
         results = Collected(self.count)
         for chunk in self._chunks():
             for piece in chunk.pieces():
-                with naming_row(self.body, piece.operands, piece.span.start):
-                    results.add(self.body.fused(piece.tensors), piece.span)
+                with naming_row(self.body, piece.operands, piece.body_span.start):
+                    results.add(self.body.fused(piece.tensors), piece.body_span)
         return results.whole()
 
     def run_with_gradients(
@@ -80,5 +80,5 @@ class Loop:
         most = max(span.stop - span.start for span in self.spans)
         pairs = zip(self.low.hidden, self.low.weight, strict=True)
         with torch.inference_mode(False):
-            rooms = [h.new_empty((most, w.shape[0])) for h, w in pairs]
+            rooms = [h.new_empty((most, matrix(w).shape[0])) for h, w in pairs]
         return (Chunk(self.low, span, rooms) for span in self.spans)

@@ -53,6 +53,8 @@ def evaluated(
     """
     if not by_triton(operands.hidden[0]) or len(operands.hidden) > 1 or body.swept is None:
         return None
+    if operands.groups > 1:
+        return _group_by_group(body, operands, autocast, filter_threshold)
     low, (program, wide) = cast(operands, autocast), body.swept
     if not _is_head(low) or not _is_narrow(low, program.parameters, wide):
         return None
@@ -62,6 +64,23 @@ def evaluated(
     except UnfitError:
         return None
     return [result.clone() for result in (*rows, *sums)]
+
+
+def _group_by_group(
+    body: Body, operands: Operands[Tensor], autocast: torch.dtype | None, threshold: float
+) -> list[Tensor] | None:
+    """A sweep for each matrix of a weight; an error names the row of hidden."""
+    count, parts = operands.groups, []
+    for k in range(count):
+        rows = [r.unflatten(0, (-1, count))[:, k] for r in operands.rows]
+        own = Operands(operands.hidden, [operands.weight[0][k]], rows, operands.whole)
+        found = evaluated(body, own, autocast, threshold)
+        if found is None:
+            return None
+        parts.append(found)
+    results, per_row = list(zip(*parts, strict=True)), len(body.rows)
+    sums = [torch.stack(each).sum(0) for each in results[per_row:]]
+    return [*(torch.stack(each, 1).flatten(0, 1) for each in results[:per_row]), *sums]
 
 
 def _is_head(operands: Operands[Tensor]) -> bool:

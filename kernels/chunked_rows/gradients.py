@@ -13,7 +13,7 @@ from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body, Results
 from graphopt.kernels.chunked_rows.columns import slope_of
 from graphopt.kernels.chunked_rows.factors import FactorGradients, Rows
-from graphopt.kernels.chunked_rows.operands import Operands
+from graphopt.kernels.chunked_rows.operands import Operands, matrix
 from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
 from graphopt.kernels.chunked_rows.results import Collected
 from graphopt.kernels.chunked_rows.thinning import ThinGradients, told
@@ -65,10 +65,10 @@ class Gradients:
             _rooms(operands.whole, self.wanted.whole, zeros, summed=True),
         )
         count = operands.hidden[0].shape[0]
-        pairs = zip(self.into.hidden, self.into.weight, strict=True)
+        weights = [None if w is None else matrix(w) for w in self.into.weight]
         self.factors = [
             ThinGradients(h, w, threshold, count) if threshold > 0 else FactorGradients(h, w)
-            for h, w in pairs
+            for h, w in zip(self.into.hidden, weights, strict=True)
         ]
 
     def chunk(self, chunk: Chunk, cotangents: Cotangents | None, results: Collected) -> None:
@@ -80,7 +80,7 @@ class Gradients:
             cotangents: of all rows; ``None`` is one for each result.
         """
         for piece in chunk.pieces():
-            with naming_row(self.body, piece.operands, piece.span.start):
+            with naming_row(self.body, piece.operands, piece.body_span.start):
                 slopes = self._piece(piece, cotangents, results)
             self._take(slopes, piece)
             for factors, rows in self._rows(piece):
@@ -96,8 +96,9 @@ class Gradients:
             leaves = self._leaves(piece)
             results = self.body.fused([*leaves])
             if cotangents is None:
-                collected.add(Results(*([t.detach() for t in g] for g in results)), piece.span)
-            pairs = self._pairs(results, piece.span, cotangents)
+                made = Results(*([t.detach() for t in g] for g in results))
+                collected.add(made, piece.body_span)
+            pairs = self._pairs(results, piece.body_span, cotangents)
             return _slopes(leaves, [p for p in pairs if p[0].requires_grad])
 
     def made(self) -> list[Tensor]:
@@ -112,7 +113,7 @@ class Gradients:
         """The body's tensors."""
         asked = zip(self.wanted.hidden, self.wanted.weight, strict=True)
         return [
-            *_leaves(piece.products, [h or w for h, w in asked]),
+            *_leaves(piece.matrices, [h or w for h, w in asked]),
             *_leaves(piece.operands.rows, self.wanted.rows),
             *_leaves(piece.operands.whole, self.wanted.whole),
         ]
@@ -136,10 +137,10 @@ class Gradients:
         """Slopes take the place of products; gradients of the other tensors are taken in."""
         count = len(piece.products)
         asked = zip(self.wanted.hidden, self.wanted.weight, strict=True)
-        for product, slope, wanted in zip(piece.products, slopes[:count], asked, strict=True):
+        for product, slope, wanted in zip(piece.matrices, slopes[:count], asked, strict=True):
             if any(wanted):
                 _put(slope, product)
-        rows = [None if into is None else into[piece.span] for into in self.into.rows]
+        rows = [None if into is None else into[piece.body_span] for into in self.into.rows]
         for slope, into in zip(slopes[count:], (*rows, *self.into.whole), strict=True):
             if slope is not None and into is not None:
                 into += slope
@@ -150,7 +151,7 @@ class Gradients:
         trios = zip(self.factors, part.products, pairs, strict=True)
         for factors, slope, (hidden, weight) in trios:
             if factors.is_wanted:
-                yield factors, Rows(part.span, slope, hidden, weight)
+                yield factors, Rows(part.span, slope, hidden, matrix(weight))
 
 
 def _slopes(
@@ -179,10 +180,15 @@ def _rooms(
     *,
     summed: bool,
 ) -> list[Tensor | None]:
-    """In the layout of the wanted tensors; ``None`` for the others."""
-    kinds = [torch.float32 if summed and t.dtype in _NARROW else t.dtype for t in tensors]
-    asked = zip(tensors, kinds, wanted, strict=True)
-    return [make(t, dtype=kind) if w else None for t, kind, w in asked]
+    """In the layout of the wanted tensors (several matrices one after the other); ``None`` for the
+    others."""
+
+    def room(tensor: Tensor) -> Tensor:
+        kind = torch.float32 if summed and tensor.dtype in _NARROW else tensor.dtype
+        kept = torch.contiguous_format if tensor.dim() == 3 else torch.preserve_format
+        return make(tensor, dtype=kind, memory_format=kept)
+
+    return [room(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
 
 
 def _leaves(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:

@@ -17,7 +17,11 @@ Other = TypeVar("Other")
 
 @dataclass(frozen=True)
 class Operands(Generic[T]):
-    """``hidden (N, D)`` and ``weight (V, D)`` for each product, ``rows (N, ...)``, ``whole``."""
+    """``hidden (N, D)`` and ``weight (V, D)`` for each product, ``rows (N, ...)``, ``whole``.
+
+    A weight ``(G, V, D)`` is G matrices: a row of hidden is G rows of a body, one after the other,
+    and ``rows`` are ``(N * G, ...)``.
+    """
 
     hidden: Sequence[T]
     weight: Sequence[T]
@@ -27,6 +31,12 @@ class Operands(Generic[T]):
     @property
     def all(self) -> list[T]:
         return [*self.hidden, *self.weight, *self.rows, *self.whole]
+
+    @property
+    def groups(self: Operands[Tensor]) -> int:
+        """Rows of a body for each row of hidden."""
+        first = self.weight[0]
+        return int(first.shape[0]) if first.dim() == 3 else 1
 
     @property
     def counts(self) -> list[int]:
@@ -80,15 +90,23 @@ def check(
 def _check_sizes(operands: Operands[Tensor]) -> None:
     for hidden, weight in zip(operands.hidden, operands.weight, strict=True):
         shapes = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
-        if hidden.dim() != 2 or weight.dim() != 2:
-            raise ValueError(f"{shapes} are not matrices (N, D) and (V, D)")
-        if _differ(hidden.shape[1], weight.shape[1]):
+        if hidden.dim() != 2 or weight.dim() not in (2, 3):
+            raise ValueError(f"{shapes} are not matrices (N, D) and (V, D), or some of these")
+        if _differ(hidden.shape[1], weight.shape[-1]):
             raise ValueError(f"{shapes} differ in their columns")
-    count = operands.hidden[0].shape[0]
-    for tensor in (*operands.hidden, *operands.rows):
-        if tensor.dim() == 0 or _differ(tensor.shape[0], count):
-            shape = tuple(tensor.shape)
-            raise ValueError(f"a tensor {shape} stands beside hidden, which has {count} rows")
+    count, groups = operands.hidden[0].shape[0], operands.groups
+    if any(weight.shape[:-2] != operands.weight[0].shape[:-2] for weight in operands.weight):
+        raise ValueError(f"weights {[tuple(w.shape) for w in operands.weight]} differ in number")
+    for tensor in operands.hidden:
+        _check_count(tensor, count, f"hidden, which has {count} rows")
+    for tensor in operands.rows:
+        each = f", {groups} for each" if groups > 1 else ""
+        _check_count(tensor, count * groups, f"hidden, which has {count} rows{each}")
+
+
+def _check_count(tensor: Tensor, count: Any, beside: str) -> None:
+    if tensor.dim() == 0 or _differ(tensor.shape[0], count):
+        raise ValueError(f"a tensor {tuple(tensor.shape)} stands beside {beside}")
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -96,23 +114,56 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 def part(operands: Operands[Tensor], span: slice) -> Operands[Tensor]:
-    """The rows of one chunk."""
-    hidden, rows = ([t[span] for t in group] for group in (operands.hidden, operands.rows))
+    """Some rows of hidden, and what belongs to them."""
+    inner = of_body(span, operands.groups)
+    hidden, rows = [h[span] for h in operands.hidden], [r[inner] for r in operands.rows]
     return Operands(hidden, operands.weight, rows, operands.whole)
 
 
+def few(operands: Operands[Tensor]) -> Operands[Tensor]:
+    """The same with two rows, which hold anything."""
+    count = 2 * operands.groups
+    hidden = [h.new_empty((2, *h.shape[1:])) for h in operands.hidden]
+    rows = [r.new_empty((count, *r.shape[1:])) for r in operands.rows]
+    return Operands(hidden, operands.weight, rows, operands.whole)
+
+
+def of_body(span: slice, groups: int) -> slice:
+    """The rows of a body for some rows of hidden."""
+    return slice(span.start * groups, span.stop * groups)
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """All classes of a weight, ``(G * V, D)``; a view where they lie one after the other."""
+    return weight.flatten(0, 1) if weight.dim() == 3 else weight
+
+
 def products(operands: Operands[Tensor]) -> list[Tensor]:
-    return [h @ w.mT for h, w in zip(operands.hidden, operands.weight, strict=True)]
+    """``(N * G, V)`` each."""
+    pairs = zip(operands.hidden, operands.weight, strict=True)
+    return [split(h @ matrix(w).mT, w) for h, w in pairs]
+
+
+def split(product: Tensor, weight: Tensor) -> Tensor:
+    """The rows of a body, of a product with all classes of a weight."""
+    if weight.dim() == 2:
+        return product
+    groups, classes, _ = weight.shape
+    return product.reshape(product.shape[0] * groups, classes)
 
 
 def cast(operands: Operands[Tensor], dtype: torch.dtype | None) -> Operands[Tensor]:
-    """With the products' operands as autocast casts them: once, instead of in each chunk."""
+    """With the products' operands as autocast casts them: once, instead of in each chunk.
+
+    Several matrices of a weight are laid out one after the other.
+    """
 
     def low(tensor: Tensor) -> Tensor:
         exempt = tensor.dtype == torch.float64 or not tensor.is_floating_point()
         return tensor if exempt else tensor.to(dtype)
 
-    if dtype is None:
-        return operands
-    hidden, weight = map(low, operands.hidden), map(low, operands.weight)
-    return Operands(list(hidden), list(weight), operands.rows, operands.whole)
+    hidden, weight = operands.hidden, operands.weight
+    if dtype is not None:
+        hidden, weight = [low(h) for h in hidden], [low(w) for w in weight]
+    weight = [w.contiguous() if w.dim() == 3 else w for w in weight]
+    return Operands(hidden, weight, operands.rows, operands.whole)

@@ -22,7 +22,7 @@ from graphopt.kernels.chunked_rows.chunks import Loop
 from graphopt.kernels.chunked_rows.columns import none_added
 from graphopt.kernels.chunked_rows.dispatch import evaluated
 from graphopt.kernels.chunked_rows.gradients import Cotangents
-from graphopt.kernels.chunked_rows.operands import Operands, cast, check, grouped, products
+from graphopt.kernels.chunked_rows.operands import Operands, cast, check, few, grouped, products
 
 Tensors = Sequence[Tensor]
 Settings = tuple[str, int, list[bool], torch.dtype | None, float]
@@ -133,11 +133,10 @@ def _fake(
     """Shapes and dtypes from a few rows: nothing about their real number is asked."""
     operands = Operands(hidden, weight, rows, whole)
     check(operands, read(body), chunk_bytes, len(differentiable), filter_threshold)
-    few = [[t.new_empty((2, *t.shape[1:])) for t in group] for group in (hidden, rows)]
-    short = cast(Operands(few[0], weight, few[1], whole), autocast)
+    short = cast(few(operands), autocast)
     with casting(hidden, autocast):
-        per_row, sums, matrices = read(body)([*products(short), *few[1], *whole])
-    count = hidden[0].shape[0]
+        per_row, sums, matrices = read(body)([*products(short), *short.rows, *whole])
+    count = hidden[0].shape[0] * operands.groups
     made = [t.new_empty((count, *t.shape[1:])) for t in per_row]
     return [*made, *(t.new_empty(()) for t in sums), *map(none_added, matrices)]
 

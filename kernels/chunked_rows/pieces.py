@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.kernels.chunked_rows.operands import Operands, part
+from graphopt.kernels.chunked_rows.operands import Operands, matrix, of_body, part, split
 
 _LEAST = 16 * 2**20
 """Bytes of the products of a chunk that are worth a chunk."""
@@ -41,7 +41,7 @@ class Piece:
     """Some rows of a chunk.
 
     Attributes:
-        span: which of all rows.
+        span: which of all rows of hidden.
         operands: their rows.
         products: theirs, views of those of the chunk.
     """
@@ -51,24 +51,34 @@ class Piece:
     products: list[Tensor]
 
     @property
+    def body_span(self) -> slice:
+        """Which of all rows of a body."""
+        return of_body(self.span, self.operands.groups)
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The parameters of a body."""
-        return [*self.products, *self.operands.rows, *self.operands.whole]
+        return [*self.matrices, *self.operands.rows, *self.operands.whole]
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The products as a body reads them, in the same memory."""
+        return [split(p, w) for p, w in zip(self.products, self.operands.weight, strict=True)]
 
 
 class Chunk:
     """The products of some rows, in memory that later chunks use again.
 
     Attributes:
-        span: which of all rows.
+        span: which of all rows of hidden.
         operands: their rows.
-        products: ``(n, V_i)`` each; once a body has been differentiated, its slopes.
+        products: ``(n, G * V_i)`` each; once a body has been differentiated, its slopes.
     """
 
     def __init__(self, operands: Operands[Tensor], span: slice, rooms: Iterable[Tensor]) -> None:
         self.span, self.operands = span, part(operands, span)
         trios = zip(self.operands.hidden, operands.weight, rooms, strict=True)
-        self.products = [torch.mm(h, w.mT, out=room[: len(h)]) for h, w, room in trios]
+        self.products = [torch.mm(h, matrix(w).mT, out=room[: len(h)]) for h, w, room in trios]
 
     def pieces(self) -> Iterator[Piece]:
         width = sum(p.shape[1] for p in self.products)
@@ -86,7 +96,7 @@ def spans(operands: Operands[Tensor], chunk_bytes: int) -> Iterator[slice]:
     Args:
         chunk_bytes: of all products of a chunk together; 0 for the device's default.
     """
-    row_bytes = max(1, sum(w.shape[0] * w.element_size() for w in operands.weight))
+    row_bytes = max(1, sum(matrix(w).shape[0] * w.element_size() for w in operands.weight))
     on_cpu = operands.hidden[0].device.type == "cpu"
     default = _default(row_bytes) if on_cpu else _ELSEWHERE // row_bytes
     most = chunk_bytes // row_bytes if chunk_bytes else max(_FEWEST, default)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.kernels.chunked_rows.body import Body, read
-from graphopt.kernels.chunked_rows.operands import Operands, grouped, products
+from graphopt.kernels.chunked_rows.operands import Operands, few, grouped, products
 from graphopt.kernels.chunked_rows.operator import casting
 
 Kind = tuple[torch.dtype, tuple[int, ...]]
@@ -28,9 +28,7 @@ def dense(body: Body, operands: Operands[Tensor], autocast: torch.dtype | None) 
 
 def like(text: str, operands: Operands[Tensor], autocast: torch.dtype | None) -> Tensor:
     """An empty tensor of that matrix's shape and dtype; the number of rows is not asked for."""
-    few = [[t.new_empty((2, *t.shape[1:])) for t in g] for g in (operands.hidden, operands.rows)]
-    short = Operands(few[0], operands.weight, few[1], operands.whole)
-    made = dense(read(text), short, autocast)
+    made = dense(read(text), few(operands), autocast)
     return made.new_empty((operands.hidden[0].shape[0], made.shape[1]))
 
 
