@@ -34,12 +34,21 @@ def _calls(program: Program) -> list[fx.Node]:
     return [n for t in (chunked_rows, deferred) for n in nodes(op="call_function", target=t)]
 
 
+def _product(build: Builder, hidden: fx.Node, weight: fx.Node) -> fx.Node:
+    """The rows of a body; several matrices of a weight have each its own."""
+    shape = val(weight).shape
+    if len(shape) == 3:
+        weight = build(aten.reshape.default, weight, [-1, shape[-1]])
+    made: fx.Node = build(aten.linear.default, hidden, weight)
+    return build(aten.reshape.default, made, [-1, shape[1]]) if len(shape) == 3 else made
+
+
 def _spell(program: Program, node: fx.Node) -> None:
     args: Any = node.args
     hidden, weight, rows, whole, text = args[:5]
     body = parse(text)
     build = Builder(program, node, "unchunked", folds=False)
-    products = [build(aten.linear.default, *pair) for pair in zip(hidden, weight, strict=True)]
+    products = [_product(build, *pair) for pair in zip(hidden, weight, strict=True)]
     values = dict(zip(body.parameters, [*products, *rows, *whole], strict=True))
     for step in body.steps:
         given, kwargs = filled((step.args, step.kwargs), values)

@@ -46,9 +46,20 @@ def entered(t: Translation, value: fx.Node, place: Placement, at: fx.Node, shift
         if not isinstance(made, Refusal):
             t.remade[value] = None
         return made
+    if len(sized) > len(rows) and _is_table(t, rows, sized, place, shift):
+        table = t.whole(value)
+        return table if isinstance(table, Refusal) else t.of_group(table)
     if {d + shift for d in rows} != set(place.dims):
         return t.row_input(RowInput(value, place, at))
     return t.row_input(RowInput(value, place.moved({d + shift: d for d in rows})))
+
+
+def _is_table(
+    t: Translation, rows: list[int], sized: list[int], place: Placement, shift: int
+) -> bool:
+    """Whether a value has one row for each group."""
+    groups = [leg.dim - shift for leg in place.legs if leg.step == 1 and leg.size == t.groups]
+    return t.groups > 1 and rows == groups and rows + sized[-1:] == sized
 
 
 def _made(

@@ -53,7 +53,7 @@ class Call:
         call = build(
             chunked_rows,
             hidden,
-            [p.weight.build(build) for p in found.products],
+            [p.build_weight(build) for p in found.products],
             [cut(given, found, self.flat) for given in found.row_inputs.values()],
             [whole(given, build) for given in found.whole_inputs.values()],
             text,

@@ -15,6 +15,7 @@ from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.canonicalize.asserts import is_idle
 from graphopt.passes.loss_head import heads, lazy
 from graphopt.passes.loss_head.call import Call
+from graphopt.passes.loss_head.groups import SplitClasses
 from graphopt.passes.loss_head.needed import is_head, is_large, needed_whole
 from graphopt.passes.loss_head.prepare import SpellSummaries
 from graphopt.passes.loss_head.products import Factor, LargeProduct, large_products
@@ -35,6 +36,7 @@ from graphopt.rewrite import (
     Refusal,
     Rule,
 )
+from graphopt.rewrite.driver import apply_rules
 from graphopt.source import source_line
 
 aten = torch.ops.aten
@@ -77,7 +79,7 @@ class FuseRowSummaries(Rule):
 
     def remark(self, match: Match) -> str:
         """Bytes of the products, for the example inputs, that are never held."""
-        products = {p.node: p for t in match["translations"] for p in t.products}
+        products = {p.made: p for t in match["translations"] for p in t.products}
         names = " and ".join(f"`{node.name}`" for node in products)
         size = _size(products.values())
         line = source_line(next(iter(products)))
@@ -98,15 +100,18 @@ class FuseRowSummaries(Rule):
 def drop_logits(program: Program, min_bytes: int) -> None:
     """Return ``None`` in place of large products that nothing but the output needs whole."""
     dropped: set[fx.Node] = set()
-    apart = selected_rows(program, min_bytes)
-    for group in _heads(program, min_bytes):
-        found = Translation(program, group)
+    read = program.copy()  # as it will be read
+    apply_rules(read, [SplitClasses(min_bytes)])
+    apart = selected_rows(read, min_bytes)
+    for group in _heads(read, min_bytes):
+        found = Translation(read, group)
         if needed_whole([found], outputs=False, apart=apart) is None:
             dropped.update(n for n in found.values if found.is_matrix(n))
     if not dropped:
         return
     node = program.output_node()
-    kept = tuple(None if value in dropped else value for value in program.results())
+    pairs = zip(program.results(), read.results(), strict=True)
+    kept = tuple(None if seen in dropped else value for value, seen in pairs)
     node.args = (kept,)
     program.graph.eliminate_dead_code()
     program.recompile()
@@ -121,7 +126,8 @@ def row_axes(program: Program, min_bytes: int) -> list[list[Axis]]:
     """
     alike: dict[tuple[Any, ...], list[LargeProduct]] = {}
     for product in (p for group in _heads(program, min_bytes) for p in group):
-        rows = [shape_of(product.node)[dim] for dim in product.row_dims]
+        dims = product.row_dims[: len(product.hidden.order) - 1]  # no group
+        rows = [shape_of(product.node)[dim] for dim in dims]
         columns = shape_of(product.node)[product.class_dim]
         alike.setdefault((*rows, rows == [columns]), []).append(product)
     found: list[list[Axis]] = []
@@ -133,7 +139,7 @@ def row_axes(program: Program, min_bytes: int) -> list[list[Axis]]:
 
 
 def _row_cut(product: LargeProduct, which: int) -> Cut:
-    return _cut(product.node, product.row_dims[which], product.hidden, which)
+    return _cut(product.made, product.row_dims[which], product.hidden, which)
 
 
 def _cut(node: fx.Node, dim: int, factor: Factor, which: int) -> Cut:
@@ -180,7 +186,7 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
         if needed_whole(both, later) is None:
             translations, refusal = both, None
     roots = _roots(translations)
-    first = group[0].node
+    first = group[0].made
     if refusal is None and not roots:
         refusal = Refusal("nothing is summarised per row", first)
     if refusal is not None:
@@ -191,7 +197,8 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
     bound = {"translations": translations, "lazy": later or {}}
     roots = sorted([*roots, *(later or ())])
     idle = dict.fromkeys(u for node in inside for u in node.users if is_idle(u))
-    nodes = tuple(inside | remade | idle)
+    made = dict.fromkeys(p.made for p in group)
+    nodes = tuple(made | inside | remade | idle)
     return Match(program, tuple(roots), nodes, bound, frozenset(remade))
 
 

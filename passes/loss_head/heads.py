@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from graphopt.passes.loss_head import grouped
 from graphopt.rewrite import Example
 
 CLASSES, WIDTH = 520, 12
@@ -261,6 +262,7 @@ HEADS: dict[str, Function] = {
     "by index": lambda m, h, t: (
         -flat(m.logits(h)).log_softmax(-1)[torch.arange(t.numel()), t.reshape(-1)].mean()
     ),
+    **grouped.HEADS,
 }
 STATIC = frozenset({"contrastive", "sigmoid pairs", "preferred", "two halves"})
 """Heads whose sizes are written in the model."""
@@ -308,10 +310,6 @@ def _summary_first(m: Head, h: Tensor, _: Tensor) -> Tensor:
     return m.logits(h).mT.topk(3, 1)[0] * 2
 
 
-def _split(m: Head, h: Tensor, _: Tensor) -> Tensor:
-    return m.logits(h).unflatten(-1, (2, -1)).amax(-1)
-
-
 def _shorter(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return -m.logits(h).log_softmax(-1).gather(-1, t[:2].unsqueeze(-1)).mean()
 
@@ -320,7 +318,8 @@ def near_misses() -> Iterator[Example]:
     yield case("returned", _returned, training=True, reason="output of the model")
     yield case("mean over rows", _over_rows, training=True, reason="some of the rows")
     yield case("fewer rows", _shorter, training=True, reason="fewer rows")
-    yield case("split classes", _split, reason="split")
+    for name, function, reason in grouped.MISSES:
+        yield case(name, function, training=True, reason=reason)
     yield case("summary first", _summary_first, training=True, reason="share an axis")
     yield case("an inner layer", lambda m, h, _: m.logits(h).relu() @ m.w, training=True)
     yield case("only returned", lambda m, h, _: m.logits(h).softmax(-1), training=True)

@@ -24,7 +24,7 @@ def returned(program: Program, translations: Sequence[Translation]) -> dict[fx.N
     pairs = zip(program.results(), program.outputs, strict=True)
     written = {value for value, spec in pairs if spec.kind is not OutputKind.USER}
     found: dict[fx.Node, Translation] = {}
-    for t in translations:
+    for t in (t for t in translations if t.groups == 1):
         for node in t.values:
             shown = node not in written and any(shows(user, t) for user in node.users)
             if shown and t.is_matrix(node) and _rows(t, _base(t, node)) is not None:

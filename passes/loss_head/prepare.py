@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.loss_head.columns import LossOfColumns
 from graphopt.passes.loss_head.counts import SelectAlike
+from graphopt.passes.loss_head.groups import SplitClasses
 from graphopt.passes.loss_head.select import SelectFirst
 from graphopt.program import Program, val
 from graphopt.rewrite import (
@@ -50,6 +51,7 @@ class SpellSummaries(Pass):
             LogAddExp(),
             LossOfColumns(),
             SelectAlike(),
+            SplitClasses(self.min_bytes),
             select,
         )
 

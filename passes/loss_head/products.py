@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -59,10 +59,15 @@ class Factor:
 class LargeProduct:
     """``node = hidden weight^T [+ bias]``, ``hidden (*rows, D)`` and ``weight (V, D)``.
 
+    Or ``hidden (*rows, D)`` with each of G matrices, one for each codebook or classifier: then the
+    group is one more row dim, the last.
+
     Attributes:
         row_dims: the dims of ``node`` that are rows, in the order of ``hidden``.
         class_dim: the dim of ``node`` that is the classes.
-        bias: ``(V,)``.
+        bias: ``(V,)``, of all groups.
+        groups: G.
+        base: the product of which ``node`` is a view, where it is one.
     """
 
     node: fx.Node
@@ -71,6 +76,22 @@ class LargeProduct:
     row_dims: tuple[int, ...]
     class_dim: int
     bias: fx.Node | None = None
+    groups: int = 1
+    base: fx.Node | None = None
+
+    @property
+    def made(self) -> fx.Node:
+        """The node that multiplies."""
+        return self.base or self.node
+
+    def build_weight(self, build: Builder) -> fx.Node:
+        """``(V, D)``, or ``(G, V, D)``."""
+        weight = self.weight.build(build)
+        if val(weight).dim() == 3 or self.groups == 1:
+            return weight
+        sizes = [self.groups, -1, build.size(weight, 1)]
+        made: fx.Node = build(aten.reshape.default, weight, sizes)
+        return made
 
     @property
     def bytes(self) -> int:
@@ -83,7 +104,7 @@ class LargeProduct:
     @property
     def turned(self) -> LargeProduct | None:
         """The same product with rows and classes exchanged, where both are one dim."""
-        if len(self.row_dims) != 1 or self.bias is not None:
+        if len(self.row_dims) != 1 or self.bias is not None or self.groups > 1:
             return None
         (row,) = self.row_dims
         turned = replace(self, hidden=self.weight, weight=self.hidden)
@@ -99,13 +120,31 @@ def _most_rows(node: fx.Node) -> int:
 
 
 def large_products(program: Program) -> Iterator[LargeProduct]:
-    """Every product of rows with one matrix, in graph order."""
+    """Every product of rows with one matrix or several, in graph order."""
+    weights = program.weights()
     for node in program.graph.nodes:
-        if node.op == "call_function" and (found := _read(node)) is not None:
-            yield found
+        if node.op == "call_function" and (found := _read(node, weights)) is not None:
+            yield _grouped(found) or found
 
 
-def _read(node: fx.Node) -> LargeProduct | None:
+def _grouped(product: LargeProduct) -> LargeProduct | None:
+    """A product that is read in groups of its classes alone, see `groups`."""
+    (view, *others) = product.node.users or (product.node,)
+    if others or view.target is not aten.unflatten.int or product.groups > 1:
+        return None
+    dim, rank = product.class_dim, val(product.node).dim()
+    given = arguments(view)
+    sizes = val(view).shape[dim:]
+    if dim != rank - 1 or given["dim"] % rank != dim or len(sizes) != 2:
+        return None
+    if not all(isinstance(size, int) and size > 1 for size in sizes):
+        return None
+    rows = (*product.row_dims, dim)
+    grouped = replace(product, node=view, base=product.node, groups=sizes[0])
+    return replace(grouped, row_dims=rows, class_dim=dim + 1)
+
+
+def _read(node: fx.Node, weights: Collection[fx.Node]) -> LargeProduct | None:
     given = arguments(node)
     if node.target is aten.linear.default:
         return _product(node, given["input"], given["weight"], False, given["bias"])
@@ -118,7 +157,8 @@ def _read(node: fx.Node) -> LargeProduct | None:
         flat = val(bias).dim() == 1
         return _product(node, given["mat1"], given["mat2"], True, bias) if flat else None
     if node.target is aten.einsum.default and len(given["tensors"]) == 2:
-        return _einsum(node, given["equation"].replace(" ", ""), *given["tensors"])
+        equation, pair = given["equation"].replace(" ", ""), given["tensors"]
+        return _of_several(node, equation, pair, weights) or _einsum(node, equation, *pair)
     return None
 
 
@@ -152,3 +192,37 @@ def _einsum(node: fx.Node, equation: str, left: fx.Node, right: fx.Node) -> Larg
     if not rows or not val(node).is_floating_point():
         return None
     return LargeProduct(node, hidden, weight, dims, result.index(classes[0]))
+
+
+def _of_several(
+    node: fx.Node, equation: str, pair: Sequence[fx.Node], weights: Collection[fx.Node]
+) -> LargeProduct | None:
+    """``...d, kvd -> ...kv``, the letters of each in any order; ``v`` is the last of the result."""
+    terms, arrow, result = equation.partition("->")
+    terms_of = dict(zip(pair, terms.split(","), strict=True))
+    known = [n for n in pair if _source(n) in weights]
+    if not arrow or "." in equation or len(known) != 1:
+        return None
+    (right,) = known
+    (left,) = (n for n in pair if n is not right)
+    first, second = terms_of[left], terms_of[right]
+    if len(second) != 3 or not val(node).is_floating_point() or any(len(set(t)) < len(t) for t in (first, second, result)):
+        return None
+    inner = [c for c in first if c in second and c not in result]
+    rows = [c for c in first if c in result and c not in second]
+    own = [c for c in result if c in second and c not in first]
+    if [len(inner), len(own)] != [1, 2] or len(rows) + 1 != len(first) or not rows:
+        return None
+    group, classes = own
+    size = val(right).shape[second.index(group)]
+    hidden = Factor(left, tuple(first.index(c) for c in (*rows, *inner)))
+    weight = Factor(right, tuple(second.index(c) for c in (group, classes, *inner)))
+    dims = tuple(result.index(c) for c in (*rows, group))
+    return LargeProduct(node, hidden, weight, dims, result.index(classes), None, size)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What views and casts show."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return node

@@ -11,6 +11,7 @@ import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -145,12 +146,12 @@ class Flat:
 
     def hidden(self, node: fx.Node) -> fx.Node:
         """The left factor ``(*rows, D)`` as ``(N, D)``, of the chosen rows alone."""
-        spans = self._spans(self.chosen)
+        spans = self._spans(self.chosen)[: val(node).dim() - 1]  # no group
         for dim, (first, size) in enumerate(spans):
             if size != self.rows.sizes[dim]:
                 bounds = _bounds(first, size, self.rows.sizes[dim])
                 node = self.build(aten.slice.Tensor, node, dim, *bounds)
-        if spans != [(0, size) for size in self.rows.sizes]:
+        if spans != [(0, size) for size in self.rows.sizes[: len(spans)]]:
             node = self.build(aten.clone.default, node, memory_format=torch.contiguous_format)
         self.sources.append(node)
         if val(node).dim() == 2:
@@ -291,13 +292,19 @@ class Flat:
         return size if isinstance(size, int) else self._number(size)
 
     def _number(self, size: Size) -> fx.Node | int:
-        """A symbolic size, read off a tensor that has it, or has some positions more or less."""
+        """A symbolic size, read off a tensor that has it, or has some positions more or less; or a
+        product of such sizes."""
+        if isinstance(size, int):
+            return size
         for node in self.sources:
             for dim, extent in enumerate(shape_of(node)):
                 more = tidy(size - extent)
                 if isinstance(more, int):
                     read = self.build.size(node, dim)
                     return self.build(operator.add, read, more) if more else read
+        if size.is_Mul:
+            first, *others = map(self._number, map(tidy, size.args))
+            return reduce(lambda a, b: self.build(operator.mul, a, b), others, first)
         raise IllegalRewriteError(f"no tensor of the region has the size {size}")
 
 

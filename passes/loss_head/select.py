@@ -76,7 +76,7 @@ def selected_rows(
 ) -> dict[fx.Node, tuple[Sequence[fx.Node], Products]]:
     """For each selection of rows of large products, the values on the way and the products."""
     large = (p for p in large_products(program) if p.bytes >= min_bytes)
-    last = (p for p in large if p.row_dims == tuple(range(p.class_dim)))
+    last = (p for p in large if p.groups == 1 and p.row_dims == tuple(range(p.class_dim)))
     products = {p.node: p for p in last if is_head(p)}
     found: dict[fx.Node, tuple[Sequence[fx.Node], Products]] = {}
     for node in program.graph.nodes:

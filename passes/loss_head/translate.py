@@ -57,6 +57,8 @@ class Translation:
         self.row_inputs: dict[fx.Node, RowInput] = {}
         self.whole_inputs: dict[fx.Node, fx.Node | Build] = {}
         self.flat: Flat | None = None
+        self.groups = first.groups
+        self._group: fx.Node | None = None
         self.dependents = dependents(p.node for p in products)
         self.chosen = self._choose()
         self._translate()
@@ -108,6 +110,9 @@ class Translation:
             if self.is_matrix(operand) and (place := self.place(operand)) is not None
         }
         only = read.pop() if len(read) == 1 else None
+        if only is not None and self.groups > 1:
+            spans = self.rows.spans(only)  # groups are not left out
+            only = None if spans is None or spans[-1] != (0, self.groups) else only
         return only or self.rows.every
 
     # The nodes.
@@ -118,8 +123,10 @@ class Translation:
             logits = self.body.product(f"logits_{i}", each.node, classes)
             self.logits.append(logits)
             self.values[each.node] = logits
-            if each.bias is not None and isinstance(b := self.whole(each.bias), fx.Node):
-                self.values[each.node] = self.biased[logits] = self.body(aten.add.Tensor, logits, b)
+            if each.bias is not None and isinstance(b := self._bias(each), fx.Node):
+                self.values[each.node] = self.biased[logits] = self.body(
+                    aten.add.Tensor, logits, b
+                )
         for node in self.dependents:
             if (reason := self._visit(node)) is not None:
                 self.outside[node] = reason
@@ -178,6 +185,21 @@ class Translation:
             return not whole
         return width < max(place.dims, default=0)
 
+    def _bias(self, product: LargeProduct) -> fx.Node | Refusal:
+        """``(V,)``, or the rows of ``(G, V)`` that belong to the groups."""
+        bias = product.bias
+        assert bias is not None
+        if self.groups == 1:
+            return self.whole(bias)
+
+        def build(builder: Builder) -> Any:
+            return builder(aten.reshape.default, bias, sizes)
+
+        sizes = [self.groups, val(product.node).shape[product.class_dim]]
+        table = self.body.input(f"whole_{len(self.whole_inputs)}", bias, sizes)
+        self.whole_inputs[table] = build
+        return self.of_group(table)
+
     # What handlers use.
 
     def rows_of(self, node: fx.Node) -> RowSet:
@@ -234,6 +256,16 @@ class Translation:
         if width is not None and width not in dims:
             return Refusal(f"{operator_name(node.target)} acts on another axis", node)
         return None
+
+    def of_group(self, table: fx.Node) -> fx.Node:
+        """Of a body's ``(G, width)`` the row of the group that a row of the body is in."""
+        if self._group is None:
+            place = self.place(self.products[0].node)
+            assert place is not None
+            index = self._index_of_rows(RowInput(None, place))
+            group = self.body(aten.remainder.Scalar, index, self.groups)
+            self._group = self.body(aten.squeeze.dim, group, 1)
+        return self.body(aten.embedding.default, table, self._group)
 
     def whole(self, value: fx.Node) -> fx.Node | Refusal:
         """A tensor without rows: one number, or one per class."""
