@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import sympy
+from torch.utils._sympy.functions import Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from graphopt.errors import GraphoptError
@@ -97,8 +98,30 @@ def implied(demand: Any, ranges: Mapping[sympy.Symbol, Any], conditions: Sequenc
             allowed[symbol] = ValueRanges(lower + 1, allowed[symbol].upper)
     if not demand.free_symbols <= allowed.keys():
         return False
-    found = bound_sympy(demand, allowed)
+    found = bound_sympy(_divided(demand, allowed), allowed)
     return bool(found.is_singleton() and found.lower == sympy.true)
+
+
+def _divided(demand: Any, ranges: Mapping[sympy.Symbol, ValueRanges[Any]]) -> Any:
+    """``a b != a c`` as ``b != c`` where ``a`` is positive, and other relations alike."""
+
+    def shared(one: Any, other: Any) -> Any:
+        found = sympy.gcd(one, other)
+        return found if bound_sympy(found, ranges).lower > 0 else sympy.S.One
+
+    def remainder(mod: Any) -> Any:
+        """``a b % (a c) = a (b % c)``, which is ``a b`` where ``b`` is below ``c``."""
+        factor = shared(*mod.args)
+        value, divisor = (sympy.cancel(arg / factor) for arg in mod.args)
+        most, least = bound_sympy(value, ranges), bound_sympy(divisor, ranges)
+        is_less = most.lower >= 0 and most.upper < least.lower
+        return factor * (value if is_less else mod.func(value, divisor))
+
+    demand = demand.replace(lambda part: isinstance(part, Mod | PythonMod), remainder)
+    if not isinstance(demand, sympy.core.relational.Relational):
+        return demand
+    factor = shared(demand.lhs, demand.rhs)
+    return demand.func(*(sympy.cancel(side / factor) for side in demand.args))
 
 
 _RAISED = 8

@@ -186,7 +186,7 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
         if needed_whole(both, later) is None:
             translations, refusal = both, None
     roots = _roots(translations)
-    first = group[0].made
+    first = group[0].node
     if refusal is None and not roots:
         refusal = Refusal("nothing is summarised per row", first)
     if refusal is not None:

@@ -63,7 +63,7 @@ class SplitClasses(Rule):
             if is_head(product) and (found := _splits(product)) is not None:
                 inner, views, classes = found
                 bound = {"product": product, "inner": frozenset(inner), "classes": classes}
-                nodes = (*inner, *views)
+                nodes = (product.node, *inner, *views)
                 yield Candidate(Match(program, tuple(views), nodes, bound))
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
@@ -192,7 +192,7 @@ class _Split:
     def view(self, node: fx.Node) -> fx.Node:
         """A view that splits the last dim, of what is split already."""
         main: Any = node.args[0]
-        value = self.of(main)
+        value = self._laid_out(main)
         if statically_known_true(val(value).shape == val(node).shape):
             return value
         given = arguments(node)
@@ -206,6 +206,15 @@ class _Split:
         if node not in self.made:
             self.made[node] = self._again(node) if node in self.inner else self._beside(node)
         return self.made[node]
+
+    def _laid_out(self, node: fx.Node) -> fx.Node:
+        """Row by row: views of rows that were moved ask more of their sizes."""
+        value = self.of(node)
+        if not any(n.target in _MOVES for n in self.inner):
+            return value
+        kept = {"memory_format": torch.contiguous_format}
+        made: fx.Node = self.build(aten.clone.default, value, **kept)
+        return made
 
     def _beside(self, node: fx.Node) -> fx.Node:
         """What stands beside the product."""
@@ -222,9 +231,8 @@ class _Split:
         main: Any = node.args[0]
         given, rank, build = arguments(node), val(main).dim(), self.build
         if node.target in _RESHAPES:
-            made: fx.Node = build(
-                aten.reshape.default, self.of(main), [*_sizes(node)[:-1], *self.sizes]
-            )
+            sizes = [*_sizes(node)[:-1], *self.sizes]
+            made: fx.Node = build(aten.reshape.default, self._laid_out(main), sizes)
         elif node.target is aten.permute.default:
             made = build(node.target, self.of(main), [*(d % rank for d in given["dims"]), rank])
         elif node.target is aten.transpose.int:
