@@ -11,7 +11,7 @@ from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body
 from graphopt.kernels.chunked_rows.columns import log_added, none_added
 from graphopt.kernels.chunked_rows.gradients import Cotangents, Gradients
-from graphopt.kernels.chunked_rows.operands import Operands, cast, matrix, products
+from graphopt.kernels.chunked_rows.operands import Operands, all_classes, cast, products
 from graphopt.kernels.chunked_rows.pieces import Chunk, spans
 from graphopt.kernels.chunked_rows.results import Collected
 
@@ -80,5 +80,5 @@ class Loop:
         most = max(span.stop - span.start for span in self.spans)
         pairs = zip(self.low.hidden, self.low.weight, strict=True)
         with torch.inference_mode(False):
-            rooms = [h.new_empty((most, matrix(w).shape[0])) for h, w in pairs]
+            rooms = [h.new_empty((most, all_classes(w).shape[0])) for h, w in pairs]
         return (Chunk(self.low, span, rooms) for span in self.spans)

@@ -13,7 +13,7 @@ from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body, Results
 from graphopt.kernels.chunked_rows.columns import slope_of
 from graphopt.kernels.chunked_rows.factors import FactorGradients, Rows
-from graphopt.kernels.chunked_rows.operands import Operands, matrix
+from graphopt.kernels.chunked_rows.operands import Operands, all_classes
 from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
 from graphopt.kernels.chunked_rows.results import Collected
 from graphopt.kernels.chunked_rows.thinning import ThinGradients, told
@@ -65,7 +65,7 @@ class Gradients:
             _rooms(operands.whole, self.wanted.whole, zeros, summed=True),
         )
         count = operands.hidden[0].shape[0]
-        weights = [None if w is None else matrix(w) for w in self.into.weight]
+        weights = [None if w is None else all_classes(w) for w in self.into.weight]
         self.factors = [
             ThinGradients(h, w, threshold, count) if threshold > 0 else FactorGradients(h, w)
             for h, w in zip(self.into.hidden, weights, strict=True)
@@ -151,7 +151,7 @@ class Gradients:
         trios = zip(self.factors, part.products, pairs, strict=True)
         for factors, slope, (hidden, weight) in trios:
             if factors.is_wanted:
-                yield factors, Rows(part.span, slope, hidden, matrix(weight))
+                yield factors, Rows(part.span, slope, hidden, all_classes(weight))
 
 
 def _slopes(

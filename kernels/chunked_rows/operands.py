@@ -133,7 +133,7 @@ def of_body(span: slice, groups: int) -> slice:
     return slice(span.start * groups, span.stop * groups)
 
 
-def matrix(weight: Tensor) -> Tensor:
+def all_classes(weight: Tensor) -> Tensor:
     """All classes of a weight, ``(G * V, D)``; a view where they lie one after the other."""
     return weight.flatten(0, 1) if weight.dim() == 3 else weight
 
@@ -141,7 +141,7 @@ def matrix(weight: Tensor) -> Tensor:
 def products(operands: Operands[Tensor]) -> list[Tensor]:
     """``(N * G, V)`` each."""
     pairs = zip(operands.hidden, operands.weight, strict=True)
-    return [split(h @ matrix(w).mT, w) for h, w in pairs]
+    return [split(h @ all_classes(w).mT, w) for h, w in pairs]
 
 
 def split(product: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.kernels.chunked_rows.operands import Operands, matrix, of_body, part, split
+from graphopt.kernels.chunked_rows.operands import Operands, all_classes, of_body, part, split
 
 _LEAST = 16 * 2**20
 """Bytes of the products of a chunk that are worth a chunk."""
@@ -78,7 +78,7 @@ class Chunk:
     def __init__(self, operands: Operands[Tensor], span: slice, rooms: Iterable[Tensor]) -> None:
         self.span, self.operands = span, part(operands, span)
         trios = zip(self.operands.hidden, operands.weight, rooms, strict=True)
-        self.products = [torch.mm(h, matrix(w).mT, out=room[: len(h)]) for h, w, room in trios]
+        self.products = [torch.mm(h, all_classes(w).mT, out=room[: len(h)]) for h, w, room in trios]
 
     def pieces(self) -> Iterator[Piece]:
         width = sum(p.shape[1] for p in self.products)
@@ -96,7 +96,7 @@ def spans(operands: Operands[Tensor], chunk_bytes: int) -> Iterator[slice]:
     Args:
         chunk_bytes: of all products of a chunk together; 0 for the device's default.
     """
-    row_bytes = max(1, sum(matrix(w).shape[0] * w.element_size() for w in operands.weight))
+    row_bytes = max(1, sum(all_classes(w).shape[0] * w.element_size() for w in operands.weight))
     on_cpu = operands.hidden[0].device.type == "cpu"
     default = _default(row_bytes) if on_cpu else _ELSEWHERE // row_bytes
     most = chunk_bytes // row_bytes if chunk_bytes else max(_FEWEST, default)

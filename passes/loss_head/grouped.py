@@ -94,7 +94,7 @@ def weighted(m: Any, h: Tensor, t: Tensor) -> Tensor:
 
 
 def shifted(m: Any, h: Tensor, t: Tensor) -> Tensor:
-    x = m.logits(h)[:, :-1].float()
+    x = m.logits(h)[:, :-1].float().contiguous()
     return loss(x.reshape(-1, x.shape[-1] // GROUPS), labels(m, t)[:, 1:])
 
 
@@ -157,8 +157,8 @@ def returned(m: Any, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 MISSES: list[tuple[str, Function, str]] = [
-    ("over groups", over_groups, "another axis"),
-    ("groups last", groups_last, "another axis"),
+    ("over groups", over_groups, "mixes rows"),
+    ("groups last", groups_last, "share an axis"),
     ("across groups", mixed, "some of the rows"),
     ("groups and all", of_both, "repeats or cuts"),
     ("groups returned", returned, "output of the model"),

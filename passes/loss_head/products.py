@@ -200,13 +200,18 @@ def _of_several(
     """``...d, kvd -> ...kv``, the letters of each in any order; ``v`` is the last of the result."""
     terms, arrow, result = equation.partition("->")
     terms_of = dict(zip(pair, terms.split(","), strict=True))
-    known = [n for n in pair if _source(n) in weights]
-    if not arrow or "." in equation or len(known) != 1:
+    known = [n for n in terms_of if _source(n) in weights]
+    if not arrow or "." in equation or len(known) != 1 or len(terms_of) != 2:
         return None
     (right,) = known
     (left,) = (n for n in pair if n is not right)
     first, second = terms_of[left], terms_of[right]
-    if len(second) != 3 or not val(node).is_floating_point() or any(len(set(t)) < len(t) for t in (first, second, result)):
+    letters = (first, second, result)
+    if (
+        len(second) != 3
+        or not val(node).is_floating_point()
+        or any(len(set(t)) < len(t) for t in (first, second, result))
+    ):
         return None
     inner = [c for c in first if c in second and c not in result]
     rows = [c for c in first if c in result and c not in second]

@@ -67,7 +67,8 @@ class Call:
         return chunked_rows(*groups, *settings, filter_threshold=self.filter_threshold)
 
     def dense(self) -> list[Tensor]:
-        products = [h @ w.mT for h, w in zip(self.hidden, self.weight, strict=True)]
+        pairs = zip(self.hidden, self.weight, strict=True)
+        products = [torch.einsum("nd,...vd->n...v", h, w).flatten(0, -2) for h, w in pairs]
         return self.head.dense(*products, *self.rows, *self.whole)
 
     def to(self, dtype: torch.dtype) -> Call:
@@ -95,10 +96,12 @@ class Call:
         return torch.autograd.grad(self.loss(results), self.leaves)
 
 
-def make(head: Head, n: int, v: int, d: int, chunk_bytes: int = 0) -> Call:
+def make(head: Head, n: int, v: int, d: int, chunk_bytes: int = 0, groups: int = 0) -> Call:
     """Operands with every floating tensor a leaf that wants its gradient."""
     hidden = [torch.randn(n, d) for _ in range(head.products)]
-    weight = [torch.randn(v, d) for _ in range(head.products)]
+    several = (groups,) if groups else ()
+    weight = [torch.randn(*several, v, d) for _ in range(head.products)]
+    n *= groups or 1
     extra = {
         "target": torch.randint(0, v, (n,)),
         "some": torch.randint(0, v, (n,)).where(torch.arange(n) % 3 != 1, -100),

@@ -47,6 +47,41 @@ def test_results_and_gradients_are_those_of_eager_mode(
     assert_close(call.gradients(found), exact.gradients(wanted), 1e-5)
 
 
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_a_weight_of_several_matrices(head: Head, pieces: int) -> None:
+    """Each row of hidden has a row of results for each of them."""
+    n, v, d, groups = 23, 41, 7, 3
+    chunk_bytes = 4 * v * groups * head.products * -(-n // pieces)
+    call = make(head, n, v, d, chunk_bytes, groups)
+    exact = call.to(torch.float64)
+    found, wanted = call.chunked(), exact.dense()
+    assert_close(found, wanted, 1e-5)
+    assert_close(call.gradients(found), exact.gradients(wanted), 1e-5)
+
+
+def test_matrices_of_a_weight_in_any_layout() -> None:
+    call = make(PER_ROW, 23, 41, 7, 4 * 41 * 8, 3)
+    turned = call.weight[0].detach().mT.contiguous().mT.requires_grad_()
+    other = Call(call.head, call.hidden, [turned], call.rows, call.whole, call.chunk_bytes)
+    for a, b in zip(*(c.gradients(c.chunked()) for c in (call, other)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_row_that_fails_is_counted_with_its_group() -> None:
+    call = make(CROSS_ENTROPY, 23, 41, 7, 4 * 41 * 9, 3)
+    call.rows[0][3 * 17 + 2] = 41
+    with pytest.raises(IndexError, match="row 53: Target 41 is out of bounds"):
+        call.chunked()
+
+
+def test_weights_of_several_matrices_stand_beside_as_many() -> None:
+    call = make(CROSS_ENTROPY, 23, 41, 7, groups=3)
+    call.rows[0] = call.rows[0][:23]
+    with pytest.raises(ValueError, match="23 rows, 3 for each"):
+        call.chunked()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head", [CROSS_ENTROPY, PER_ROW, Z_LOSS], ids=str)
 def test_narrow_dtypes_are_as_exact_as_eager_mode(head: Head, dtype: torch.dtype) -> None:

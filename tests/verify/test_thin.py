@@ -30,7 +30,7 @@ SHORT = 6
 OTHER_VALUES = frozenset(
     {
         "token weights", "padded", "last rows", "last token", "distilled", "contrastive",
-        "sigmoid pairs", "queue", "found", "positions",
+        "sigmoid pairs", "queue", "found", "positions", "groups weighted", "groups distilled",
     }
 )  # fmt: skip
 """Heads that read sizes or rows of their inputs in front of the product, which stay as they were:
