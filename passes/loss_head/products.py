@@ -206,12 +206,8 @@ def _of_several(
     (right,) = known
     (left,) = (n for n in pair if n is not right)
     first, second = terms_of[left], terms_of[right]
-    letters = (first, second, result)
-    if (
-        len(second) != 3
-        or not val(node).is_floating_point()
-        or any(len(set(t)) < len(t) for t in (first, second, result))
-    ):
+    twice = any(len(set(t)) < len(t) for t in (first, second, result))
+    if len(second) != 3 or not val(node).is_floating_point() or twice:
         return None
     inner = [c for c in first if c in second and c not in result]
     rows = [c for c in first if c in result and c not in second]

@@ -246,6 +246,12 @@ def test_kin(case: Head, sizes: tuple[int, int, int]) -> None:
         as_exact(make(case, *sizes), 1e-5)
 
 
+@pytest.mark.parametrize("case", KIN[:8], ids=str)
+def test_kin_of_several_matrices(case: Head) -> None:
+    with by_a_sweep():
+        as_exact(make(case, 5, 123, 7, groups=3), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", KIN, ids=str)
 def test_kin_in_narrow_dtypes(case: Head, dtype: torch.dtype) -> None:
