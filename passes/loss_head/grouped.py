@@ -105,6 +105,16 @@ def ahead(m: Any, h: Tensor, t: Tensor) -> Tensor:
     return sum(each, torch.zeros(())) / GROUPS
 
 
+def of_some(m: Any, h: Tensor, t: Tensor) -> Tensor:
+    return loss(split(m.logits(h))[:, :, 1:3], labels(m, t)[:, :, 1:3])
+
+
+def with_prior(m: Any, h: Tensor, t: Tensor) -> Tensor:
+    """Numbers for each class of each group, and a temperature for each group."""
+    heat = 1 + m.b[:GROUPS].square().unsqueeze(-1)
+    return loss(split(m.logits(h)) / heat + m.b.view(GROUPS, -1), labels(m, t))
+
+
 def distilled(m: Any, h: Tensor, _: Tensor) -> Tensor:
     student, teacher = split(m.logits(h)), split(m.taught(h))
     return F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum") / h.shape[1]
@@ -126,6 +136,8 @@ HEADS: dict[str, Function] = {
     "groups shifted": shifted,
     "groups ahead": ahead,
     "groups distilled": distilled,
+    "groups, some": of_some,
+    "groups, prior": with_prior,
 }
 UNSPLIT = frozenset({"groups in parts", "groups, einsum", "groups, einsum turned"})
 """Heads whose product is not split by a view."""
