@@ -1,5 +1,5 @@
 """Operators of graphopt: importing this registers them. Triton is loaded where a kernel runs."""
 
-from graphopt.kernels import chunked_rows, cross_entropy, deferred, filtering
+from graphopt.kernels import chunked_rows, cross_entropy, deferred, filtering, quantized
 
-__all__ = ["chunked_rows", "cross_entropy", "deferred", "filtering"]
+__all__ = ["chunked_rows", "cross_entropy", "deferred", "filtering", "quantized"]

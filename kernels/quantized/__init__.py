@@ -1,0 +1,54 @@
+"""Quantized weights: how they are stored, how they are found, and operators on them.
+
+A `Scheme` names number format, bits and groups; a `QuantizedWeight` holds packed codes, scales and
+zero points of a weight ``(N, K)``. `quantize` rounds to nearest, with or without a clipping search;
+`hqq` optimises zero points; other methods find scales by `find_scales` and codes by `codes.encode`
+and build a weight by `QuantizedWeight.from_codes`.
+
+``graphopt::quantized_linear`` and ``graphopt::quantized_embedding`` take the stored tensors and the
+fields of the scheme, all plain types, so that a graph with them can be saved. `linear` and
+`embedding` call them with a weight; both read the same tensors, so a tied head is stored once.
+
+What emission may rely on:
+
+* The tensors of `QuantizedWeight.tensors` are all that is stored, under the names of the operators'
+  arguments. They are the layout ``"plain"``, which every device reads and which files hold. Nothing
+  is kept beside them: what runs a call reads them where they lie, a few output channels at a time.
+* Another layout is made by ``paths.Path.prepare(weight)``: tensors that take the place of the plain
+  ones, which may then be freed, and ``layout=`` names it. Its scheme is the same; ``zeros`` and
+  ``tensor_scale`` are None. It is of the machine that made it: prepare after loading, never save.
+  Embeddings read plain tensors only, so what a tied head shares stays plain.
+* ``choice.choose_layout`` says by measurement which layout is fastest for a number of rows. Within
+  a layout the operator chooses the path, by measurement when a kind of call first runs.
+* Paths hold to `definition` within the rounding of the input's dtype; ``"int4pack"`` also rounds
+  scales to bfloat16. Integer products are exact on all of them (`integers`).
+* The result has the dtype of the input, under autocast that of autocast. Gradients are those of the
+  product with the dequantized weight; the stored tensors have none, and asking for one is an error.
+"""
+
+from __future__ import annotations
+
+from graphopt.kernels.quantized.autograd import embedding, linear
+from graphopt.kernels.quantized.choice import choose_layout, chosen, using
+from graphopt.kernels.quantized.hqq import hqq
+from graphopt.kernels.quantized.integers import is_exact
+from graphopt.kernels.quantized.paths import PATHS, Path
+from graphopt.kernels.quantized.rounding import find_scales, quantize
+from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.weight import QuantizedWeight
+
+__all__ = [
+    "PATHS",
+    "Path",
+    "QuantizedWeight",
+    "Scheme",
+    "choose_layout",
+    "chosen",
+    "embedding",
+    "find_scales",
+    "hqq",
+    "is_exact",
+    "linear",
+    "quantize",
+    "using",
+]

@@ -1,8 +1,8 @@
 """Numbers to codes and back, for groups of numbers with a scale and, maybe, a zero point.
 
-Groups are float32 ``(..., group)``; scales and zeros are float32 and broadcast against them. A code
-is what stands in ``QuantizedWeight.codes`` before it is packed: int8 for ``int``, whatever its bits,
-float8_e4m3fn for ``fp8``, else uint8 that counts into a table.
+Groups are float32 ``(..., group)``; scales and zeros are float32 and broadcast against them. A
+code is what stands in ``QuantizedWeight.codes`` before it is packed: int8 for ``int``, whatever its
+bits, float8_e4m3fn for ``fp8``, else uint8 that counts into a table.
 """
 
 from __future__ import annotations

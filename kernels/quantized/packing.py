@@ -1,8 +1,8 @@
 """Codes of less than a byte, packed along a row, lowest bits first.
 
-Code k of a row takes the bits ``[k * bits, (k + 1) * bits)`` of the row, counted from the lowest bit
-of its first byte: two codes of 4 bits have the first in the low half of the byte, and eight codes
-of 3 bits share three bytes. A row ends at a byte; what is left of it is zero.
+Code k of a row takes the bits ``[k * bits, (k + 1) * bits)`` of the row, counted from the lowest
+bit of its first byte: two codes of 4 bits have the first in the low half of the byte, and eight
+codes of 3 bits share three bytes. A row ends at a byte; what is left of it is zero.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from graphopt.kernels.quantized import scales as scaling
 from graphopt.kernels.quantized.packing import row_chunks
 from graphopt.kernels.quantized.ranges import grid, ranges, searched
 from graphopt.kernels.quantized.scheme import Scheme
-from graphopt.kernels.quantized.weight import QuantizedWeight
+from graphopt.kernels.quantized.weight import QuantizedWeight, stored_dtype
 
 Clip = Literal["none", "search"]
 Pair = tuple[Tensor, Tensor | None]
@@ -41,6 +41,7 @@ def quantize(
         raise ValueError(f"clip is {clip!r}; it is 'none' or 'search'")
     if importance is not None and clip != "search":
         raise ValueError("importance is what a search minimises: clip='search'")
+    weight = weight.detach()
     counts = grouped_importance(importance, weight, scheme)
     outer = scaling.tensor_scale(weight, scheme)
     search = clip == "search"
@@ -92,14 +93,7 @@ def encoded(
 ) -> QuantizedWeight:
     """The nearest codes for scales and zeros ``(N, G)`` as they are stored."""
     rows, width = weight.shape
-    kind = (
-        torch.float8_e4m3fn
-        if scheme.dtype == "fp8"
-        else torch.uint8
-        if scheme.packed
-        else torch.int8
-    )
-    made = weight.new_empty((rows, scheme.row_codes(width)), dtype=kind)
+    made = weight.new_empty((rows, scheme.row_codes(width)), dtype=stored_dtype(scheme))
     for chunk in row_chunks(rows, width):
         scale = scaling.load(scales[chunk], scheme, outer, torch.float32)[..., None]
         zero = None if zeros is None else zeros[chunk].to(torch.float32)[..., None]

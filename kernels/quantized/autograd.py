@@ -1,0 +1,151 @@
+"""The operators under autograd and autocast, and calls of them with a `QuantizedWeight`.
+
+The gradient of ``quantized_linear`` is that of a product with the dequantized weight, for dynamic
+activations too (rounding is passed straight through); its own derivative is the same product, so
+that second derivatives are those of the product. Stored tensors have no gradient: asking for one
+is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.kernels.quantized.operator import (
+    library,
+    quantized_embedding,
+    quantized_linear,
+    quantized_linear_backward,
+)
+from graphopt.kernels.quantized.weight import QuantizedWeight
+
+_STORED = ("codes", "scales", "zeros", "tensor_scale")
+
+
+def linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activations: str = "none"
+) -> Tensor:
+    """``x @ W.T + bias``: ``(..., K)`` to ``(..., N)`` in the dtype of x.
+
+    Args:
+        activations: ``"none"`` or ``"dynamic"``, which rounds each row of x to 8 bits.
+
+    Raises:
+        ValueError: shapes do not fit, or the scheme has no such activations.
+    """
+    scheme = weight.scheme
+    return quantized_linear(
+        x,
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.tensor_scale,
+        bias,
+        scheme.bits,
+        scheme.dtype,
+        scheme.group_size,
+        scheme.symmetric,
+        activations,
+    )
+
+
+def embedding(
+    indices: Tensor, weight: QuantizedWeight, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows of the weight: indices ``(...)``, int32 or int64, to ``(..., K)``.
+
+    Raises:
+        IndexError: an index is negative or N and more.
+    """
+    scheme = weight.scheme
+    return quantized_embedding(
+        indices,
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.tensor_scale,
+        weight.width,
+        scheme.bits,
+        scheme.dtype,
+        scheme.group_size,
+        scheme.symmetric,
+        dtype,
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, *stored, bias = inputs[:6]
+    layout = inputs[11] if len(inputs) > 11 else "plain"
+    ctx.save_for_backward(*stored)
+    ctx.count, ctx.bias_dtype = len(inputs), None if bias is None else bias.dtype
+    ctx.settings = (x.shape[-1], *inputs[6:10], layout)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_stored(ctx.needs_input_grad[1:5])
+    d_input = d_bias = None
+    if ctx.needs_input_grad[0]:
+        d_input = quantized_linear_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    if ctx.needs_input_grad[5]:
+        d_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return d_input, None, None, None, None, d_bias, *[None] * (ctx.count - 6)
+
+
+def refuse_stored(asked: tuple[bool, ...]) -> None:
+    """A gradient that is not computed must not look like zero."""
+    named = [name for name, is_asked in zip(_STORED, asked, strict=False) if is_asked]
+    if named:
+        raise RuntimeError(
+            f"a quantized weight has no gradient for its {' and '.join(named)}: "
+            "requires_grad_(False)"
+        )
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    _, *stored = inputs[:5]
+    layout = inputs[10] if len(inputs) > 10 else "plain"
+    ctx.save_for_backward(*stored)
+    ctx.count, ctx.settings = len(inputs), (*inputs[6:10], "none", layout)
+
+
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_stored(ctx.needs_input_grad[1:5])
+    d_grad = quantized_linear(grad, *ctx.saved_tensors, None, *ctx.settings)
+    return d_grad, *[None] * (ctx.count - 1)
+
+
+def _setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.count = len(inputs)
+
+
+def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # noqa: ARG001
+    refuse_stored(ctx.needs_input_grad[1:5])
+    return (None,) * ctx.count
+
+
+for _name, _back, _context in (
+    ("quantized_linear", _backward, _setup),
+    ("quantized_linear_backward", _backward_backward, _setup_backward),
+    ("quantized_embedding", _backward_embedding, _setup_embedding),
+):
+    torch.library.register_autograd(
+        f"graphopt::{_name}", _back, setup_context=_context, lib=library
+    )
+
+
+def _cast(device: str) -> Any:
+    """As autocast does it for a product: the input in its dtype, the cast under autograd."""
+
+    def run(x: Tensor, *others: Any, **named: Any) -> Any:
+        kind = torch.get_autocast_dtype(device)
+        low = x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(kind)
+        with torch.amp.autocast(device, enabled=False):
+            return quantized_linear(low, *others, **named)
+
+    return run
+
+
+library.impl("quantized_linear", _cast("cpu"), "AutocastCPU")
+library.impl("quantized_linear", _cast("cuda"), "AutocastCUDA")

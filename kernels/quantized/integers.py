@@ -1,0 +1,85 @@
+"""Products of int8 matrices, exact in int32, by whatever is fast and right on this machine.
+
+Without the instructions that add products of 8 bits in 32 (VNNI, AMX), some libraries add pairs of
+them in 16, which saturates from 2 * 128 * 128 on. So a fast path is tried on the numbers that would
+show it, once in a process, before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MOST = 127 * 128
+"""The largest magnitude of a product: activations are within 127, weights within 128."""
+LONGEST = (2**31 - 1) // MOST
+"""The largest K whose sums of products all fit int32: 132,104."""
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left (M, K) @ right (N, K).T``, int8, as int32 ``(M, N)``; K is at most `LONGEST`."""
+    fast = "int_mm"
+    if _int_mm_takes(left, right) and is_exact(fast, left.device.type):
+        return PATHS[fast](left, right)
+    return PATHS["float64"](left, right)
+
+
+def _by_int_mm(left: Tensor, right: Tensor) -> Tensor:
+    return torch._int_mm(left, right.t())
+
+
+def _by_float64(left: Tensor, right: Tensor) -> Tensor:
+    """Sums below 2**53 are exact in float64, in any order."""
+    return (left.to(torch.float64) @ right.t().to(torch.float64)).to(torch.int32)
+
+
+PATHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "int_mm": _by_int_mm,
+    "float64": _by_float64,
+}
+
+
+def _int_mm_takes(left: Tensor, right: Tensor) -> bool:
+    """On a GPU it wants more than 16 rows, and multiples of 8."""
+    if not left.is_cuda:
+        return True
+    return left.shape[0] > 16 and left.shape[1] % 8 == 0 and right.shape[0] % 8 == 0
+
+
+@cache
+def is_exact(path: str, device: str = "cpu") -> bool:
+    """Whether a path of `PATHS` gives what integers give, on numbers that saturate what can.
+
+    It is tried once in a process: all 127, all -128, both in turn, and random ones, for one row and
+    for several, on sizes that fill registers and sizes that do not.
+    """
+    sizes = [(1, 1024, 64), (4, 96, 40), (17, 256, 72), (40, 1024, 128)]
+    if device == "cpu":
+        sizes += [(1, 63, 17), (33, 131, 9)]
+    else:
+        sizes = [size for size in sizes if size[0] > 16]
+    return all(_agrees(PATHS[path], size, device) for size in sizes)
+
+
+def _agrees(path: Callable[[Tensor, Tensor], Tensor], size: tuple[int, ...], device: str) -> bool:
+    rows, width, columns = size
+    lefts, rights = _adversaries(rows, width), _adversaries(columns, width)
+    for left in lefts:
+        for right in rights:
+            wanted = left.to(torch.int64) @ right.to(torch.int64).t()
+            found = path(left.to(device), right.to(device)).cpu()
+            if not torch.equal(found.to(torch.int64), wanted):
+                return False
+    return True
+
+
+def _adversaries(rows: int, width: int) -> list[Tensor]:
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape, kind = (rows, width), {"dtype": torch.int8, "device": "cpu"}
+    turns = torch.full(shape, 127, **kind)
+    turns[:, 1::2] = -128
+    noise = torch.randint(-128, 128, shape, generator=generator, **kind)
+    return [torch.full(shape, 127, **kind), torch.full(shape, -128, **kind), turns, noise]
