@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def choose(case: Case, x: Tensor, weight: Weight) -> Path:
         return (fixed or can)[0]
     kind = (case, 1 << (len(x) - 1).bit_length(), torch.get_num_threads())
     if kind not in _chosen:
-        times = quartiles([lambda p=path: p.run(x, weight, None) for path in can])
+        times = quartiles([partial(path.run, x, weight, None) for path in can])
         _chosen[kind] = can[times.index(min(times))]
     return _chosen[kind]
 
@@ -77,8 +78,9 @@ def choose_layout(scheme: Scheme, outputs: int, inputs: int, dtype: torch.dtype,
 
     Measured on a weight of random numbers; ``"plain"`` where no other layout can be had.
     """
-    plain = quantize(torch.randn(outputs, inputs), scheme)
-    x = torch.randn(rows, inputs, dtype=dtype)
+    generator = torch.Generator("cpu").manual_seed(0)  # the caller's random numbers are their own
+    plain = quantize(torch.randn(outputs, inputs, generator=generator, device="cpu"), scheme)
+    x = torch.randn(rows, inputs, generator=generator, device="cpu").to(dtype)
     runs: dict[str, Callable[[], object]] = {}
     for path in PATHS:
         case = Case(scheme, path.layout, "none", dtype, "cpu", outputs, inputs)
@@ -86,7 +88,7 @@ def choose_layout(scheme: Scheme, outputs: int, inputs: int, dtype: torch.dtype,
             continue
         weight = _laid_out(plain, path)
         if weight is not None:
-            runs[path.name] = lambda p=path, w=weight: p.run(x, w, None)
+            runs[path.name] = partial(path.run, x, weight, None)
     times = quartiles(list(runs.values()))
     fastest = list(runs)[times.index(min(times))]
     return next(path.layout for path in PATHS if path.name == fastest)

@@ -2,8 +2,8 @@
 
 Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models": for scales s,
 minimise ``sum |W - s (Q(W / s + z) - z)|**p`` over z, p < 1, by half-quadratic splitting. A copy e
-of the residual r is shrunk, ``e = sign(r) max(|r| - |r|**(p - 1) / beta, 0)``, the zero point is the
-mean of ``Q - (W / s - e)``, and beta grows. No data is needed.
+of the residual r is shrunk, ``e = sign(r) max(|r| - |r|**(p - 1) / beta, 0)``, the zero point is
+the mean of ``Q - (W / s - e)``, and beta grows. No data is needed.
 
 Here residuals are counted in steps, so that one beta suits weights of any magnitude; each group
 keeps the best zero point that it has come by; and scales may be those of a clipping search.

@@ -7,7 +7,7 @@ is made of it by `Path.prepare`, takes its place, and is of this machine alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,14 +48,15 @@ class Path(NamedTuple):
         name: what `using` and reports call it.
         layout: what it reads.
         takes: whether it can run a case.
-        run: ``x (M, K)``, the weight, the bias; gives ``(M, N)`` in the dtype of x.
+        run: ``x (M, K)``, the weight, a `QuantizedWeight` or a `Stored` as the layout has it, and
+            the bias; gives ``(M, N)`` in the dtype of x.
         prepare: the tensors of the layout from a plain weight, by the operator's names for them.
     """
 
     name: str
     layout: str
     takes: Callable[[Case], bool]
-    run: Callable[[Tensor, Weight, Tensor | None], Tensor]
+    run: Callable[[Tensor, Any, Tensor | None], Tensor]
     prepare: Callable[[QuantizedWeight], dict[str, Tensor]]
 
 
@@ -81,8 +82,7 @@ def _int8pack_takes(case: Case) -> bool:
     )
 
 
-def _int8pack(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    assert isinstance(weight, QuantizedWeight)  # of its layout
+def _int8pack(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     scales = weight.scales[:, 0].to(x.dtype)
     made = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.codes, scales)
     return made if bias is None else made.add_(bias)
@@ -97,14 +97,12 @@ def _unpacked_takes(case: Case) -> bool:
     return _is_weight_only(case) and case.dtype != torch.bfloat16
 
 
-def _int4pack(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    assert isinstance(weight, Stored)  # of its layout
+def _int4pack(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
     made = int4pack.product(x, weight.tensors, weight.scheme)
     return made if bias is None else made.add_(bias)
 
 
-def _unpacked(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    assert isinstance(weight, Stored)  # of its layout
+def _unpacked(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
     numbers = int4pack.dequantize(weight.tensors, weight.scheme, weight.shape[1]).to(x.dtype)
     return torch.nn.functional.linear(x, numbers, None if bias is None else bias.to(x.dtype))
 

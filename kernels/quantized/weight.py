@@ -61,8 +61,9 @@ class QuantizedWeight:
         return cls(scheme, codes.shape[1], stored, scales, zeros, tensor_scale)
 
     @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.codes.shape[0], self.width))
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.codes.shape[0], self.width
 
     @property
     def tensors(self) -> dict[str, Tensor]:
