@@ -49,7 +49,7 @@ def input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
 def embedding(indices: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Rows of the weight: ``(*indices.shape, K)``."""
     chosen = weight.select(indices.flatten()).dequantize(dtype)
-    return chosen.unflatten(0, indices.shape) if indices.ndim != 1 else chosen
+    return chosen.view(*indices.shape, weight.width)
 
 
 def dynamic(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

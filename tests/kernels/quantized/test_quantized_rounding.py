@@ -62,11 +62,9 @@ def test_a_search_is_never_worse_in_any_group(scheme: Scheme) -> None:
     assert (now <= was * 1.005 + 1e-9).all()  # scales are rounded to float16 afterwards
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=name)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.dtype == "int"], ids=name)
 def test_no_number_is_further_than_half_a_step(scheme: Scheme) -> None:
     """Without clipping, of integers; the largest symmetric code above zero is a step short."""
-    if scheme.dtype != "int":
-        pytest.skip("steps differ")
     weight = torch.randn(8, WIDTH)
     made = quantize(weight, scheme)
     steps = made.scales.float().abs().repeat_interleave(WIDTH // made.scales.shape[1], 1)

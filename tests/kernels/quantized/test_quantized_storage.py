@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_nearest_is_nearest(dtype: str) -> None:
 
 
 def test_ties_of_e2m1_go_to_the_even_code() -> None:
-    ties = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)])
+    ties = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1)])
     assert nearest(ties, "fp4").tolist() == [0, 2, 2, 4, 4, 6, 6]
     assert nearest(-ties, "fp4").tolist() == [0, 10, 10, 12, 12, 14, 14]
 
