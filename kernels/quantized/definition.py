@@ -6,7 +6,8 @@ Dynamic activations: for each row, ``a = max|x| / 127`` and ``q = round(x / a)``
 ``y = a * sum_g scale_g * (q_g @ (codes_g - zero_g).T) + bias`` over the groups g of K, where
 products of codes are exact in int32 and the rest is float32. (Per-token quantization: Yao et al.
 2022, "ZeroQuant", section 4.1.) For ``fp8``, q are E4M3 numbers, ``a = max|x| / 448``, and products
-are summed in float32. Rows that hold NaN or infinity give NaN. Where x is float64, so is the rest.
+are summed in float32. Rows that hold NaN or infinity give no finite number. Where x is float64, so
+is the rest.
 
 Weights are read a few output channels at a time, so that none is dequantized whole.
 """
@@ -24,16 +25,18 @@ from graphopt.kernels.quantized.packing import row_chunks
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 _PIECE = 1 << 21
-"""Numbers of a weight, or of a result, that are held at once beyond those given."""
+"""Numbers of a weight that are held at once, dequantized."""
+_CACHED, _TALL = 1 << 19, 1 << 10
+"""Numbers of a result that are rescaled at once, in cache, up to a number of rows."""
 
 
 def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """``x (M, K)`` to ``(M, N)`` in the dtype of x."""
     made = x.new_empty((x.shape[0], weight.shape[0]))
     bias = None if bias is None else bias.to(x.dtype)
-    for rows in row_chunks(*weight.shape, _PIECE):
-        part = weight.select(rows).dequantize(x.dtype)
-        made[:, rows] = F.linear(x, part, None if bias is None else bias[rows])
+    for rows, part in _pieces(weight, weight.width, _PIECE):
+        numbers = part.dequantize(x.dtype)
+        made[:, rows] = F.linear(x, numbers, None if bias is None else bias[rows])
     return made
 
 
@@ -41,8 +44,8 @@ def input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
     """``grad (M, N) @ W``, ``(M, K)``, summed in float32 or float64."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     made = grad.new_zeros((grad.shape[0], weight.width), dtype=wide)
-    for rows in row_chunks(*weight.shape, _PIECE):
-        made += grad[:, rows] @ weight.select(rows).dequantize(grad.dtype)
+    for rows, part in _pieces(weight, weight.width, _PIECE):
+        made += grad[:, rows] @ part.dequantize(grad.dtype)
     return made.to(grad.dtype)
 
 
@@ -52,15 +55,28 @@ def embedding(indices: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> T
     return chosen.view(*indices.shape, weight.width)
 
 
+def _pieces(
+    weight: QuantizedWeight, width: int, numbers: int
+) -> Iterator[tuple[slice, QuantizedWeight]]:
+    """Some output channels at a time, of ``width`` numbers each."""
+    for rows in row_chunks(weight.shape[0], width, numbers):
+        whole = rows.stop - rows.start == weight.shape[0]
+        yield rows, weight if whole else weight.select(rows)
+
+
 def dynamic(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """``x (M, K)`` to ``(M, N)`` in the dtype of x, activations quantized row by row."""
     made = x.new_empty((x.shape[0], weight.shape[0]))
-    wide = torch.promote_types(x.dtype, torch.float32)
     q, scale = quantized_rows(x, weight.scheme.dtype)
+    bias = None if bias is None else bias.to(scale.dtype)
     multiply = _float8_products if weight.scheme.dtype == "fp8" else _integer_products
-    for rows in row_chunks(weight.shape[0], max(x.shape[0], weight.width), _PIECE):
-        part = multiply(q, weight.select(rows), wide).mul_(scale)
-        made[:, rows] = part if bias is None else part.add_(bias[rows])
+    copied = 0 if weight.codes.dtype == torch.int8 else weight.width // 4
+    for rows, piece in _pieces(weight, max(min(len(x), _TALL), copied, 1), _CACHED):
+        part = multiply(q, piece, scale.dtype)
+        if bias is None:
+            torch.mul(part, scale, out=made[:, rows])
+        else:
+            torch.addcmul(bias[rows], part, scale, out=made[:, rows])
     return made
 
 
@@ -69,26 +85,26 @@ def quantized_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     top = 448 if dtype == "fp8" else 127
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     most = wide.abs().amax(-1, keepdim=True)
-    scale = (most / top).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale = most.div_(top).clamp_(min=torch.finfo(torch.float32).tiny)
     scaled = wide / scale
-    scale = torch.where(most.isfinite(), scale, torch.nan)
     if dtype == "fp8":
         return scaled.clamp_(-448, 448).to(torch.float8_e4m3fn), scale
-    return scaled.round_().clamp_(-127, 127).to(torch.int8), scale
+    return scaled.round_().to(torch.int8), scale
 
 
 def _integer_products(q: Tensor, weight: QuantizedWeight, wide: torch.dtype) -> Tensor:
     """``sum_g scale_g * (q_g @ (codes_g - zero_g).T)``, ``(M, N)``."""
+    codes, scales = weight.unpacked(), weight.scales.to(wide)
+    zeros = None if weight.zeros is None else weight.zeros.to(wide)
     made: Tensor | None = None
-    codes = weight.unpacked()
     for group, columns in enumerate(_groups(weight)):
         left = q[:, columns]
-        part = integers.product(left, codes[:, columns]).to(wide)
-        if weight.zeros is not None:
-            total = left.sum(-1, keepdim=True, dtype=torch.int32).to(wide)
-            part.sub_(total * weight.zeros[:, group].to(wide))
-        part.mul_(weight.scales[:, group].to(wide))
-        made = part if made is None else made.add_(part)
+        part = integers.product(left, codes[:, columns])
+        if zeros is not None:
+            total = left.sum(-1, keepdim=True, dtype=torch.int32)
+            part = part.to(wide).addcmul_(total.to(wide), zeros[:, group], value=-1)
+        scaled = part * scales[:, group]
+        made = scaled if made is None else made.add_(scaled)
     assert made is not None  # a weight has a group
     return made
 

@@ -7,6 +7,7 @@ is made of it by `Path.prepare`, takes its place, and is of this machine alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +118,7 @@ PATHS = (
 """The first that takes a case is its definition; of the others that do, the fastest runs."""
 
 
+@cache
 def paths_for(case: Case) -> list[Path]:
     """What can run a case."""
     return [path for path in PATHS if path.layout == case.layout and path.takes(case)]

@@ -140,6 +140,7 @@ def test_pieces_of_a_weight_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
     x.requires_grad_()
     (slope,) = torch.autograd.grad(linear(x, weight).square().sum(), x)
     monkeypatch.setattr("graphopt.kernels.quantized.definition._PIECE", 7 * WIDTH)
+    monkeypatch.setattr("graphopt.kernels.quantized.definition._CACHED", 3 * WIDTH // 4)
     for activations, wanted in zip(("none", "dynamic"), whole, strict=True):
         assert torch.allclose(linear(x, weight, bias, activations), wanted, atol=1e-5)
     (cut,) = torch.autograd.grad(linear(x, weight).square().sum(), x)
@@ -153,7 +154,7 @@ def test_rows_that_are_zero_tiny_or_not_finite(dtype: torch.dtype) -> None:
     x[0] = 0
     x[1, 3], x[2, 4], x[3] = torch.nan, -torch.inf, x[3] * torch.finfo(dtype).smallest_normal
     found = linear(x, weight, None, "dynamic")
-    assert (found[0] == 0).all() and found[1].isnan().all() and found[2].isnan().all()
+    assert (found[0] == 0).all() and not found[1:3].isfinite().any()
     assert found[3].isfinite().all() and found[4].isfinite().all()
 
 
