@@ -33,7 +33,7 @@ def encode(groups: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme)
 
 def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
     """``(codes - zeros) * scales``, or ``table[codes] * scales``, in the dtype of scales."""
-    if scheme.format.table:
+    if scheme.dtype != "int":
         return tables.look_up(codes, scheme.dtype).to(scales.dtype).mul_(scales)
     numbers = codes.to(scales.dtype)
     return numbers * scales if zeros is None else (numbers - zeros).mul_(scales)

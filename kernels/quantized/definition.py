@@ -26,8 +26,10 @@ from graphopt.kernels.quantized.weight import QuantizedWeight
 
 _PIECE = 1 << 21
 """Numbers of a weight that are held at once, dequantized."""
-_CACHED, _TALL = 1 << 19, 1 << 10
-"""Numbers of a result that are rescaled at once, in cache, up to a number of rows."""
+_CACHED, _TALL = 1 << 17, 1 << 9
+"""Numbers of a result that are rescaled at once, in cache, up to a number of rows.
+
+For 512 rows, K = 1024 and N = 4096 that takes 1.25 times the product alone; all at once, twice."""
 
 
 def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -13,16 +13,15 @@ class Format(NamedTuple):
     grouped: bool = True
     group: int | None = None
     zeros: bool = False
-    table: bool = False
 
 
 FORMATS = {
     "int": Format((2, 3, 4, 6, 8), zeros=True),
-    "nf4": Format((4,), table=True),
-    "fp4": Format((4,), table=True),
+    "nf4": Format((4,)),
+    "fp4": Format((4,)),
     "fp8": Format((8,), grouped=False),
-    "mxfp4": Format((4,), group=32, table=True),
-    "nvfp4": Format((4,), group=16, table=True),
+    "mxfp4": Format((4,), group=32),
+    "nvfp4": Format((4,), group=16),
 }
 
 

@@ -33,7 +33,9 @@ def _quantiles(end: float, count: int) -> Tensor:
 
 @cache
 def table(dtype: str) -> Tensor:
-    """What each of the 16 codes stands for, float32, on the CPU."""
+    """What each code, read as a byte, stands for: float32, on the CPU."""
+    if dtype == "fp8":
+        return torch.arange(256, device="cpu").to(torch.uint8).view(torch.float8_e4m3fn).float()
     if dtype == "nf4":
         return nf4().to(torch.float32)
     magnitudes = torch.tensor(E2M1, dtype=torch.float32, device="cpu")
@@ -74,6 +76,6 @@ def _nearest_e2m1(values: Tensor) -> Tensor:
 
 
 def look_up(codes: Tensor, dtype: str) -> Tensor:
-    """Float32 numbers of codes."""
-    found = table(dtype).to(codes.device).index_select(0, codes.flatten().int())
+    """Float32 numbers of codes. (torch converts float8 at a third of the speed.)"""
+    found = table(dtype).to(codes.device).index_select(0, codes.flatten().view(torch.uint8).int())
     return found.view(codes.shape)

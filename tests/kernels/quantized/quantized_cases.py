@@ -61,7 +61,7 @@ def numbers(weight: QuantizedWeight) -> Tensor:
             if weight.zeros is not None:
                 zero = float(weight.zeros[n, k // size])
             code = codes[n][k]
-            if scheme.format.table:
+            if scheme.dtype not in ("int", "fp8"):
                 code = torch.tensor(table[int(code)]).item()  # in float32, as it is stored
             elif scheme.dtype == "int" and scheme.packed:
                 code = code - 2 ** (scheme.bits - 1)

@@ -43,6 +43,7 @@ def packed_linear(
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.detach()
     return float((found.detach().double() - wanted).norm() / wanted.norm())
 
 
