@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphopt.passes.loss_head import FuseLossHead
     from graphopt.passes.merge_projections import MergeProjections
     from graphopt.passes.pre_rms_norm import PreRMSNorm
+    from graphopt.passes.quantize import QuantizeMatmul
     from graphopt.passes.simplify import EliminateCommonSubexpressions, FoldConstants
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "FuseLossHead": "loss_head",
     "MergeProjections": "merge_projections",
     "PreRMSNorm": "pre_rms_norm",
+    "QuantizeMatmul": "quantize",
     "RecognizeComposites": "composites",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "FuseLossHead",
     "MergeProjections",
     "PreRMSNorm",
+    "QuantizeMatmul",
     "RecognizeComposites",
 ]
 

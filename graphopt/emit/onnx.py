@@ -204,8 +204,14 @@ def check_program(program: Program) -> None:
     """Refuse what no ONNX file can hold.
 
     Raises:
-        ExportError: the program trains, or keeps state between calls.
+        ExportError: the program trains, keeps state between calls, or computes on quantized weights.
     """
+    quantized = ("quantized_linear", "quantized_embedding")
+    if any(getattr(n.target, "_opname", "") in quantized for n in program.graph.nodes):
+        raise ExportError(
+            f"{program.name} computes on quantized weights, which have no ONNX form yet",
+            fix="leave QuantizeMatmul out for ONNX, or write a .pt2",
+        )
     if program.training:
         raise ExportError(
             f"{program.name} was captured in training mode", fix="capture it after model.eval()"

@@ -90,7 +90,7 @@ class Rule:
     profit: ClassVar[Profit] = Profit.MEASURED
     benefit: ClassVar[int] = 1
     version: ClassVar[int] = 1
-    tolerance: ClassVar[float] = 0.0
+    tolerance: float = 0.0
     gradient_tolerance: ClassVar[float] = 0.0
     caveat: ClassVar[str] = ""
     near: ClassVar[float] = 0.6

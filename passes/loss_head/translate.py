@@ -124,9 +124,7 @@ class Translation:
             self.logits.append(logits)
             self.values[each.node] = logits
             if each.bias is not None and isinstance(b := self._bias(each), fx.Node):
-                self.values[each.node] = self.biased[logits] = self.body(
-                    aten.add.Tensor, logits, b
-                )
+                self.values[each.node] = self.biased[logits] = self.body(aten.add.Tensor, logits, b)
         for node in self.dependents:
             if (reason := self._visit(node)) is not None:
                 self.outside[node] = reason

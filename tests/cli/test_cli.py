@@ -152,7 +152,7 @@ BAD = [
     (["optimize", "@", "-o", "net.bin"], ".pt2"),
     (["optimize", "@", "-o", "nowhere/net.pt2"], "nowhere"),
     (["optimize", "@", "--recipe", "exakt"], "exact"),
-    (["optimize", "@", "--recipe", "balanced"], "QuantizeMatmul"),
+    (["optimize", "@", "--recipe", "small"], "ShareWeights"),
     (["optimize", "@", "--pass", "FoldBatchNrom"], "FoldBatchNorm"),
     (["optimize", "@", "--pass", "FoldBatchNorm:depth=3"], "depth"),
     (["export", "@", "-o", "net.pt2"], ".onnx"),

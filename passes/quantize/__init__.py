@@ -1,0 +1,53 @@
+"""Quantized products: a weight of the model in few bits, and activations in eight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.passes.quantize.linear import QuantizeLinear
+from graphopt.rewrite import Pass, Rule
+
+__all__ = ["QuantizeMatmul"]
+
+
+@dataclass(frozen=True)
+class QuantizeMatmul(Pass):
+    """Products with a weight of the model store it in few bits; lossy.
+
+    Weights are rounded to nearest; below eight bits after a search for the range of each group.
+
+    Attributes:
+        bits: of a weight: 8, 6, 4, 3 or 2.
+        activations: ``"dynamic"``: each row of activations becomes int8 as the model runs, and
+            products are exact integers. ``None``: weights only; activations stay as they are.
+        group_size: inputs that share a scale; default: all of an output channel.
+        symmetric: groups without a zero point.
+        dtype: what codes stand for: ``"int"``, or the tables ``"nf4"`` and ``"fp4"``, or ``"fp8"``,
+            ``"mxfp4"``, ``"nvfp4"``.
+        head: quantize a product that is an output of the model too.
+    """
+
+    bits: int = 8
+    activations: Literal["dynamic"] | None = "dynamic"
+    group_size: int | None = None
+    symmetric: bool = True
+    dtype: Literal["int", "nf4", "fp4", "fp8", "mxfp4", "nvfp4"] = "int"
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        scheme = self.scheme  # whether its fields go together
+        if self.activations and scheme.dtype not in ("int", "fp8"):
+            raise ValueError(
+                f"{self.dtype} weights have no quantized activations: give activations=None "
+                "(null in a recipe), or dtype='int' or 'fp8'"
+            )
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.bits, self.dtype, self.group_size, self.symmetric)
+
+    def rules(self) -> Sequence[Rule]:
+        return (QuantizeLinear(self.scheme, self.activations or "none", head=self.head),)
