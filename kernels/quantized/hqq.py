@@ -69,11 +69,12 @@ def _optimised(
     for _ in range(splitting.steps):
         codes = levels(groups, scales, zeros, scheme)
         residual = scaled - codes + zeros
-        size = residual.abs()
-        error = size.pow(splitting.power).sum(-1, keepdim=True)
+        size = residual.abs().clamp_(min=1e-9)
+        power = size.pow(splitting.power - 1)
+        error = (size * power).sum(-1, keepdim=True)
         found = torch.where(error < best, zeros, found)
         best = torch.minimum(error, best)
-        shrunk = (size - size.pow(splitting.power - 1) / beta).clamp_(min=0).copysign(residual)
+        shrunk = (size - power / beta).clamp_(min=0).copysign(residual)
         zeros = (codes - scaled + shrunk).mean(-1, keepdim=True)
         beta *= splitting.growth
     return found

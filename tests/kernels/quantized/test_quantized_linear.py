@@ -16,6 +16,7 @@ from graphopt.kernels.quantized import (
     quantize,
     using,
 )
+from graphopt.kernels.quantized.definition import quantized_rows
 
 DTYPES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DYNAMIC = [scheme for scheme in SCHEMES if scheme.dtype in ("int", "fp8")]
@@ -145,6 +146,13 @@ def test_pieces_of_a_weight_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.allclose(linear(x, weight, bias, activations), wanted, atol=1e-5)
     (cut,) = torch.autograd.grad(linear(x, weight).square().sum(), x)
     assert torch.allclose(cut, slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_of_zeros_are_zeros(dtype: torch.dtype) -> None:
+    for stored in ("int", "fp8"):
+        q, scale = quantized_rows(torch.zeros(2, WIDTH, dtype=dtype), stored)
+        assert (q.float() == 0).all() and (scale > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

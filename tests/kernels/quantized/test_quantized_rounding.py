@@ -8,6 +8,7 @@ from quantized_cases import SCHEMES, WIDTH, error, name
 
 from graphopt.kernels.quantized import Scheme, find_scales, hqq, quantize
 from graphopt.kernels.quantized.codes import snap
+from graphopt.kernels.quantized.hqq import Splitting
 from graphopt.kernels.quantized.ranges import grid
 
 PLAIN = [
@@ -185,6 +186,20 @@ def test_hqq_lowers_its_norm(bits: int, gain: float) -> None:
         was = (quantize(weight, scheme, clip).dequantize() - weight).abs().pow(0.7).sum()
         now = (hqq(weight, scheme, clip).dequantize() - weight).abs().pow(0.7).sum()
         assert now < gain * was
+
+
+def test_shrinking_residuals_is_better_than_their_mean() -> None:
+    """A beta of almost zero shrinks all of them to zero: least squares."""
+    scheme = Scheme(4, group_size=32, symmetric=False)
+    weight = torch.randn(128, WIDTH) ** 3 / 50
+    norms = [
+        (hqq(weight, scheme, "none", Splitting(beta=beta)).dequantize() - weight)
+        .abs()
+        .pow(0.7)
+        .sum()
+        for beta in (10.0, 1e-9)
+    ]
+    assert norms[0] < 0.97 * norms[1]
 
 
 def test_hqq_needs_zero_points() -> None:
