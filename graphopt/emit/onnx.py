@@ -204,7 +204,7 @@ def check_program(program: Program) -> None:
     """Refuse what no ONNX file can hold.
 
     Raises:
-        ExportError: the program trains, keeps state between calls, or computes on quantized weights.
+        ExportError: the program trains, keeps state between calls, or reads quantized weights.
     """
     quantized = ("quantized_linear", "quantized_embedding")
     if any(getattr(n.target, "_opname", "") in quantized for n in program.graph.nodes):

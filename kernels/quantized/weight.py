@@ -30,7 +30,8 @@ class QuantizedWeight:
             float8_e4m3fn for ``nvfp4``. They may be negative.
         zeros: ``(N, G)`` in the dtype of scales, for schemes that are not symmetric: a number is
             ``(code - zero) * scale`` with a signed code. They need not be integers: rounded to
-            integers they cost 12 % more error at 2 bits and 5 % at 4 bits, in groups of 64.
+            integers they cost 7 to 9 % more error at 2 bits and 2 % at 4 bits, in groups of 64
+            after a search, on Gaussian numbers.
         tensor_scale: the float32 ``()`` that scales of ``nvfp4`` are relative to.
 
     Raises:
