@@ -273,8 +273,7 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
     if context.thin is not None:
         original, optimized = context.thin.original, context.thin.program
     optimized = full_program(optimized)
-    certificates = [a.certificate for a in context.report.applied]
-    tolerance = _loss([c for c in certificates if c.numeric == Numeric.LOSSY])
+    tolerance = _loss(context.report.losses)
     sound = True
     for inputs in context.inputs:
         certificate, ok = _certify_once(original, optimized, inputs, tolerance, name)

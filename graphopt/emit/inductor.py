@@ -29,7 +29,7 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
     Inductor draws dropout masks in its own order, so a graph with dropout is compiled once more
     with the probability at 0, and that is what is checked; so is one whose gradients are filtered,
     with the gradients in full. Where the original does not fit in
-    memory, what is compiled is compared with the rewritten graph.
+    memory, or was approximated, what is compiled is compared with the rewritten graph.
 
     Raises:
         VerificationError: with ``strict``, where Inductor's code is wrong or cannot be made.
@@ -55,7 +55,8 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
 def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | None:
     """What is wrong with the compiled graph, in words; ``None`` where nothing is."""
     program = full_program(module.program)
-    reference = program if crowded(original, WITH_GRADIENTS) else original
+    alone = module.report.losses or crowded(original, WITH_GRADIENTS)
+    reference = program if alone else original
     sets, _ = trial_inputs(reference, ones=False)
     try:
         found = [_measure(program, reference, inputs, lower) for inputs in sets]

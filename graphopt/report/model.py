@@ -144,6 +144,11 @@ class Report:
         """Certificates of every kept rewrite, then those of the whole program."""
         return [a.certificate for a in self.applied] + self.whole
 
+    @property
+    def losses(self) -> list[Certificate]:
+        """Certificates of kept rewrites that approximate."""
+        return [a.certificate for a in self.applied if a.certificate.numeric == "lossy"]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it: dicts, lists, strings, and numbers that are finite.
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -120,13 +120,17 @@ def widen(source: fx.Graph) -> fx.Graph:
     """A copy whose floating dtype arguments are all float64: the reference a rewrite is held to.
 
     What is asserted of dtypes is left out: complex values stay as they are, and so do their parts.
-    Random operators draw in their own dtype, so that they draw the same numbers.
+    Random operators draw in their own dtype, so that they draw the same numbers, and quantized
+    weights stay as they are stored.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in source.nodes:
         if is_random(node) and node.target not in DROPOUT_P:
             copies[node] = _draw(graph, node, copies)
+            continue
+        if getattr(node.target, "_opname", "").startswith("quantized_"):
+            copies[node] = _stored(graph, node, copies)
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
         checks = node.target is torch.ops.aten._assert_tensor_metadata.default
@@ -140,13 +144,7 @@ def widen(source: fx.Graph) -> fx.Graph:
 
 def _draw(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """A random operator on inputs in their own dtypes; its result is widened."""
-
-    def narrow(argument: fx.Node) -> fx.Node:
-        value = val(argument)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return copies[argument]
-        return graph.call_function(torch.ops.aten.to.dtype, (copies[argument], value.dtype))
-
+    narrow = partial(_narrow, graph, copies)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), narrow)
     made, value = graph.call_function(node.target, args, kwargs), val(node)
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -154,6 +152,23 @@ def _draw(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> 
     if any(a.name == "dtype" for a in node.target._schema.arguments):
         made.kwargs = {**made.kwargs, "dtype": value.dtype}
     return graph.call_function(torch.ops.aten.to.dtype, (made, torch.float64))
+
+
+def _stored(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """An operator on a quantized weight, which is stored in dtypes of its own, and a wide input."""
+    first, *others = node.args
+    narrow = partial(_narrow, graph, copies)
+    args, kwargs = fx.node.map_arg((tuple(others), dict(node.kwargs)), narrow)
+    given = fx.node.map_arg(first, copies.__getitem__)
+    return graph.call_function(node.target, (given, *_widened(args)), _widened(kwargs))
+
+
+def _narrow(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], argument: fx.Node) -> fx.Node:
+    """A value of the original in its own dtype."""
+    value = val(argument)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return copies[argument]
+    return graph.call_function(torch.ops.aten.to.dtype, (copies[argument], value.dtype))
 
 
 @contextmanager

@@ -127,6 +127,22 @@ def test_group_sizes_that_do_not_divide_are_named() -> None:
     assert any("group_size 48 does not divide K = 64" in r for r in reasons)
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 32, "activations": None}])
+def test_through_inductor(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 9, WIDTH)
+    passes = ["Canonicalize", QuantizeMatmul(**options)]
+    model = Block().eval()
+    plain, fast = (
+        graphopt.compile(model, example_inputs=(x,), passes=passes, measure=False, target=target)
+        for target in ("torch", "inductor")
+    )
+    assert not any("the torch target was kept" in note for note in fast.report.notes)
+    with torch.no_grad():
+        assert error(fast(x), plain(x)) < 1e-2
+        assert error(fast(x), model(x)) < 0.12
+
+
 def test_onnx_is_refused_clearly(tmp_path: Path) -> None:
     fast = quantized(Block(), torch.randn(2, WIDTH))
     with pytest.raises(ExportError, match="quantized weights, which have no ONNX form yet"):
