@@ -47,8 +47,10 @@ def compile(
     Args:
         dynamic_shapes: axes that must stay dynamic, as `torch.export.export` takes them.
         passes: ``"exact"`` (default), another preset, a YAML recipe, a pass, or a sequence of them.
-        calibration: inputs the result is verified on besides ``example_inputs``, which it needs:
-            a sequence of tensors, tuples or dicts that fit the captured signature.
+        calibration: inputs that passes learn from, such as ``QuantizeMatmul(method="gptq")``, and
+            that the result is verified on besides ``example_inputs``, which it needs: a sequence of
+            tensors, tuples or dicts that fit the captured signature. The first few serve
+            verification.
         quality: ``quality(module) -> float``, higher is better; checked against ``budget``. It
             needs ``example_inputs`` too.
         budget: how far ``quality`` may fall below the original's, absolute.
@@ -86,9 +88,10 @@ def explain(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     passes: Recipe = "exact",
+    calibration: Iterable[Any] | None = None,
 ) -> Report:
     """The report `compile` would give, with the model left as it is."""
-    options = Options(resolve(passes))
+    options = Options(resolve(passes), calibration)
     program, eager = capture_model(model, example_inputs, example_kwargs, dynamic_shapes)
     return rewrite_program(program, options, eager)[1]
 

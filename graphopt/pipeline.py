@@ -40,6 +40,7 @@ class Context:
         measure: time rewrites and keep only those that pay.
         inputs: sets of flat user inputs; the first is the captured one.
         skipped: in words, inputs that the model itself refuses.
+        samples: sets of flat user inputs to calibrate on.
         thin: what stands in for the program in verification, where the program is too large.
     """
 
@@ -50,6 +51,7 @@ class Context:
     progress: Progress = lambda _text: None
     report: Report = field(default_factory=lambda: Report("model"))
     skipped: list[str] = field(default_factory=list)
+    samples: Sequence[Sequence[Any]] = ()
     thin: Thin | None = None
 
     @classmethod
@@ -75,8 +77,10 @@ class _Outcome:
 def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Program:
     """Apply the passes in order; fills ``context.report``; returns a new program."""
     for step in passes:
-        context.progress(step.name)
-        program = run_pass(program, step, context)
+        for stage in step.stages():
+            context.progress(stage.name)
+            learned = stage.calibrated(program, context.samples, context.progress)
+            program = run_pass(program, learned, context)
     return program
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -96,7 +95,8 @@ def rewrite_program(
     program = _conceded(program, passes)
     thin = thinned(program, passes, report.notes)
     context = Context.of(program, thin, strict=options.strict, measure=options.measure)
-    context.inputs += _calibration_inputs(program, options.calibration, thin)
+    context.samples = _bound(program, options.calibration)
+    context.inputs += _trials(program, context.samples[:CALIBRATION_SETS], thin)
     context.report, context.progress = report, options.progress
     report.notes += context.skipped
     optimized = run_passes(program, passes, context)
@@ -181,9 +181,7 @@ def _capture_certificate(found: Any, program: Program) -> Certificate:
     )
 
 
-def _calibration_inputs(
-    program: Program, batches: Iterable[Any] | None, thin: Thin | None
-) -> list[list[Any]]:
+def _bound(program: Program, batches: Iterable[Any] | None) -> list[list[Any]]:
     """Calibration batches as flat user inputs, each checked as a call would be."""
     if batches is None or program.call is None:
         return []
@@ -191,14 +189,22 @@ def _calibration_inputs(
 
     bind, guard = CallBinder(program), InputGuard(program)
     found = []
-    for index, batch in enumerate(islice(batches, CALIBRATION_SETS)):
+    for index, batch in enumerate(batches):
         args = () if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
         try:
             flat = bind(args, dict(batch) if isinstance(batch, Mapping) else {})
             guard(flat)
         except GraphoptError as error:
             raise GraphoptError(error.what, where=f"calibration[{index}]", fix=error.fix) from error
-        flat = thin.inputs(flat) if thin else flat
+        found.append(flat)
+    return found
+
+
+def _trials(program: Program, samples: Sequence[list[Any]], thin: Thin | None) -> list[list[Any]]:
+    """Calibration inputs that verification takes, which the model was seen to run on."""
+    found = []
+    for index, sample in enumerate(samples):
+        flat = thin.inputs(sample) if thin else sample
         _run_once(thin.original if thin else program, flat, f"calibration[{index}]")
         found.append(flat)
     return found

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -60,6 +60,22 @@ class Pass:
         are summed up: verification takes fewer of them.
         """
         return ()
+
+    def stages(self) -> Sequence[Pass]:
+        """The passes that this one consists of, each applied and verified by itself."""
+        return (self,)
+
+    def calibrated(
+        self,
+        _program: Program,
+        _samples: Sequence[Sequence[Any]],
+        _progress: Callable[[str], None],
+    ) -> Pass:
+        """The same pass with what it learns from calibration inputs, flat, of a program.
+
+        Asked for before its rules are applied to that program.
+        """
+        return self
 
     def at_any_size(self) -> Pass:
         """The same pass without limits below which it leaves values alone: for fewer rows."""

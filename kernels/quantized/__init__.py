@@ -2,8 +2,8 @@
 
 A `Scheme` names number format, bits and groups; a `QuantizedWeight` holds packed codes, scales and
 zero points of a weight ``(N, K)``. `quantize` rounds to nearest, with or without a clipping search;
-`hqq` optimises zero points; other methods find scales by `find_scales` and codes by `codes.encode`
-and build a weight by `QuantizedWeight.from_codes`.
+`hqq` optimises zero points; `gptq` minimises the error of products. Other methods find scales by
+`find_scales` and codes by `codes.encode` and build a weight by `QuantizedWeight.from_codes`.
 
 ``graphopt::quantized_linear`` and ``graphopt::quantized_embedding`` take the stored tensors and the
 fields of the scheme, all plain types, so that a graph with them can be saved. `linear` and
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from graphopt.kernels.quantized.autograd import embedding, linear
 from graphopt.kernels.quantized.choice import choose_layout, chosen, using
+from graphopt.kernels.quantized.gptq import gptq
 from graphopt.kernels.quantized.hqq import hqq
 from graphopt.kernels.quantized.integers import is_exact
 from graphopt.kernels.quantized.paths import PATHS, Path
@@ -46,6 +47,7 @@ __all__ = [
     "chosen",
     "embedding",
     "find_scales",
+    "gptq",
     "hqq",
     "is_exact",
     "linear",

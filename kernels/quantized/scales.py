@@ -40,6 +40,14 @@ def storable(scales: Tensor, scheme: Scheme, outer: Tensor | None) -> Tensor:
     return scales
 
 
+def kept(numbers: Tensor, scheme: Scheme) -> Tensor:
+    """Scales or zeros, float32, as `store` will round them where all of them fit."""
+    if scheme.group_size is None or scheme.dtype in ("mxfp4", "nvfp4"):
+        return numbers
+    size = numbers.abs()
+    return torch.where((size >= _HALF.tiny) & (size <= _HALF.max), numbers.half().float(), numbers)
+
+
 def store(scales: Tensor, scheme: Scheme, outer: Tensor | None) -> Tensor:
     """Float32 scales ``(N, G)`` in the dtype that they are kept in."""
     if scheme.dtype == "mxfp4":

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graphopt.kernels.quantized.scheme import Scheme
-from graphopt.passes.quantize.linear import QuantizeLinear
+from graphopt.passes.quantize.methods import methods
+from graphopt.passes.quantize.plan import Settings
+from graphopt.passes.quantize.weights import QuantizeWeights
 from graphopt.rewrite import Pass, Rule
 
 __all__ = ["QuantizeMatmul"]
@@ -17,8 +19,6 @@ __all__ = ["QuantizeMatmul"]
 class QuantizeMatmul(Pass):
     """Products with a weight of the model store it in few bits; lossy.
 
-    Weights are rounded to nearest; below eight bits after a search for the range of each group.
-
     Attributes:
         bits: of a weight: 8, 6, 4, 3 or 2.
         activations: ``"dynamic"``: each row of activations becomes int8 as the model runs, and
@@ -27,6 +27,9 @@ class QuantizeMatmul(Pass):
         symmetric: groups without a zero point.
         dtype: what codes stand for: ``"int"``, or the tables ``"nf4"`` and ``"fp4"``, or ``"fp8"``,
             ``"mxfp4"``, ``"nvfp4"``.
+        method: ``"rtn"`` rounds to nearest, below eight bits after a search for the range of each
+            group; ``"hqq"`` optimises zero points (Badri & Shaji 2023); ``"gptq"`` makes the error
+            of products on calibration inputs small (Frantar et al. 2023).
         head: quantize a product that is an output of the model too.
     """
 
@@ -35,6 +38,7 @@ class QuantizeMatmul(Pass):
     group_size: int | None = None
     symmetric: bool = True
     dtype: Literal["int", "nf4", "fp4", "fp8", "mxfp4", "nvfp4"] = "int"
+    method: str | Sequence[str] = "rtn"
     head: bool = False
 
     def __post_init__(self) -> None:
@@ -44,10 +48,19 @@ class QuantizeMatmul(Pass):
                 f"{self.dtype} weights have no quantized activations: give activations=None "
                 "(null in a recipe), or dtype='int' or 'fp8'"
             )
+        if methods(self.method).rounding == "hqq" and self.symmetric:
+            raise ValueError("method hqq optimises zero points: give symmetric=False, dtype='int'")
 
     @property
     def scheme(self) -> Scheme:
         return Scheme(self.bits, self.dtype, self.group_size, self.symmetric)
 
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.scheme, methods(self.method), self.activations or "none")
+
+    def stages(self) -> Sequence[Pass]:
+        return (QuantizeWeights(self, self.settings, self.head),)
+
     def rules(self) -> Sequence[Rule]:
-        return (QuantizeLinear(self.scheme, self.activations or "none", head=self.head),)
+        return [rule for stage in self.stages() for rule in stage.rules()]

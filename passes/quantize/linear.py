@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import fx
 
-from graphopt.kernels.quantized.rounding import Clip, quantize
-from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.quantize import examples
+from graphopt.passes.quantize.plan import Plan, Settings, rounded
 from graphopt.program import Program, val
 from graphopt.rewrite import (
     Builder,
@@ -41,17 +40,19 @@ ACTIVATIONS = 0.03
 class QuantizeLinear(Rule):
     """``linear(x, W, b) = quantized_linear(x, Q(W), b)`` but for the rounding of ``Q``.
 
-    ``Q`` rounds to nearest; with activations in 8 bits each row of ``x`` has a scale of its own
-    (Yao et al. 2022, ZeroQuant, section 4.1). Products on one weight are rewritten together. One
-    whose error on the inputs at hand is above `tolerance` keeps its weight.
+    ``Q`` is what the plan has for a weight, and else rounds it; with activations in 8 bits each row
+    of ``x`` has a scale of its own (Yao et al. 2022, ZeroQuant, section 4.1). Products on one
+    weight are rewritten together. One whose error on the inputs at hand is above `tolerance` keeps
+    its weight.
     """
 
     profit = Profit.ALWAYS
     numeric = Numeric.LOSSY
     folds = False
 
-    def __init__(self, scheme: Scheme, activations: str, *, head: bool = False) -> None:
-        self.scheme, self.activations, self.head = scheme, activations, head
+    def __init__(self, settings: Settings, plan: Plan, *, head: bool = False) -> None:
+        self.settings, self.plan, self.head = settings, plan, head
+        scheme, activations = settings.scheme, settings.activations
         loss = SPARE * ROUNDING * 2 ** (8 - scheme.bits)
         if scheme.dtype != "int" and scheme.bits == 8:
             loss *= 4  # E4M3 has 3 bits behind the point
@@ -88,7 +89,7 @@ class QuantizeLinear(Rule):
 
     def _refusal(self, tensor: torch.Tensor, weight: fx.Node) -> Refusal | None:
         try:
-            self.scheme.groups(tensor.shape[1])
+            self.settings.scheme.groups(tensor.shape[1])
         except ValueError as error:
             return Refusal(str(error), weight)
         if not tensor.isfinite().all():
@@ -97,14 +98,14 @@ class QuantizeLinear(Rule):
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]
-        clip: Clip = "search" if self.scheme.packed else "none"
-        stored = quantize(match.program.tensor(weight), self.scheme, clip)
         name = match.program.target_of(weight) or weight.name
+        tensor, settings = match.program.tensor(weight), self.settings
+        stored = self.plan.weights.get(name) or rounded(tensor, settings.scheme, settings.methods)
         held = {k: build.state(f"{name}_{k}", tensor) for k, tensor in stored.tensors.items()}
         return tuple(self._call(node, held, build) for node in match.nodes)
 
     def _call(self, node: fx.Node, held: dict[str, fx.Node], build: Builder) -> fx.Node:
-        given, scheme = arguments(node), self.scheme
+        given, scheme = arguments(node), self.settings.scheme
         made: fx.Node = build(
             torch.ops.graphopt.quantized_linear.default,
             given["input"],
@@ -114,13 +115,16 @@ class QuantizeLinear(Rule):
             scheme.dtype,
             scheme.group_size,
             scheme.symmetric,
-            self.activations,
+            self.settings.activations,
         )
         return made
 
     def remark(self, match: Match) -> str:
         fake = val(match["weight"])
-        return f"`{match['weight'].name}` {tuple(fake.shape)} is stored in {self.scheme.bits} bits"
+        bits = self.settings.scheme.bits
+        told = f"`{match['weight'].name}` {tuple(fake.shape)} is stored in {bits} bits"
+        note = self.plan.notes.get(match.program.target_of(match["weight"]) or "")
+        return f"{told}; {note}" if note else told
 
     def examples(self) -> Iterable[Example]:
         return examples.examples()

@@ -1,0 +1,8 @@
+"""Calibration: what a program computes on samples, seen node by node in the memory of one step."""
+
+from __future__ import annotations
+
+from graphopt.calibration.statistics import Statistics
+from graphopt.calibration.stream import Stream
+
+__all__ = ["Statistics", "Stream"]

@@ -1,0 +1,42 @@
+"""Names of methods, and which go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ROUNDING = ("rtn", "hqq", "gptq")
+"""How codes of a weight are chosen: one of these."""
+
+CALIBRATED = frozenset({"gptq"})
+"""Methods that learn from calibration inputs."""
+
+METHODS = ROUNDING
+
+
+class Methods(NamedTuple):
+    """What a pass does to a weight, in order."""
+
+    rounding: str
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.rounding,) if name in CALIBRATED)
+
+
+def methods(given: str | Sequence[str]) -> Methods:
+    """From ``"gptq"``, ``"awq+gptq"`` or a sequence of names.
+
+    Raises:
+        ValueError: a name is unknown or comes twice, or two name ways of rounding.
+    """
+    names = given.split("+") if isinstance(given, str) else list(given)
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"method {name!r} is not one of {', '.join(METHODS)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"method {'+'.join(names)} names a method twice")
+    chosen = [name for name in names if name in ROUNDING]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} both round weights: take one of them")
+    return Methods(chosen[0] if chosen else "rtn")
