@@ -1,0 +1,183 @@
+"""Methods that learn from calibration inputs, end to end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import graphopt
+from graphopt.capture import capture
+from graphopt.errors import GraphoptError, RecipeError
+from graphopt.passes import QuantizeMatmul
+from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.quantize.methods import methods
+from graphopt.passes.quantize.weights import QuantizeWeights
+from graphopt.presets import resolve
+from graphopt.rewrite.driver import apply_rules
+from graphopt.rewrite.passes import parse_pass
+
+WIDTH = 64
+
+
+class Layers(nn.Module):
+    """Two residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(F.gelu(up(x)))
+        return F.layer_norm(x, (WIDTH,))
+
+
+def model() -> Layers:
+    torch.manual_seed(0)
+    return Layers().eval()
+
+
+def batches(count: int = 6, seed: int = 1) -> list[Tensor]:
+    """Their channels are correlated, and of unequal size."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(WIDTH, WIDTH, generator=generator) * torch.rand(WIDTH, generator=generator)
+    generator.manual_seed(seed)
+    return [torch.randn(4, 32, WIDTH, generator=generator) @ mix / 4 for _ in range(count)]
+
+
+def quantized(**options: Any) -> Any:
+    calibration = options.pop("calibration", None)
+    passes = ["Canonicalize", QuantizeMatmul(activations=None, **options)]
+    return graphopt.compile(
+        model(),
+        example_inputs=(batches(1)[0],),
+        calibration=calibration,
+        passes=passes,
+        measure=False,
+    )
+
+
+def error(fast: Any) -> float:
+    """On inputs that were not calibrated on."""
+    with torch.no_grad():
+        pairs = [(fast(x), model()(x)) for x in batches(3, seed=7)]
+    return float(sum((a - b).square().sum() for a, b in pairs)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4},
+        {"bits": 4, "group_size": 32, "symmetric": False},
+        {"bits": 3, "group_size": 32},
+        {"bits": 4, "dtype": "nf4", "group_size": 32},
+    ],
+    ids=str,
+)
+def test_gptq_is_nearer_than_rounding(options: dict[str, Any]) -> None:
+    calibrated = quantized(method="gptq", calibration=batches(), **options)
+    plain = quantized(**options)
+    assert [a.rule for a in calibrated.report.applied].count("QuantizeLinear") >= 4
+    assert error(calibrated) < 0.8 * error(plain)
+    sizes = [sum(t.nbytes for t in f.state_dict().values()) for f in (calibrated, plain)]
+    assert sizes[0] == sizes[1]
+
+
+def test_later_weights_make_good_what_earlier_ones_lost() -> None:
+    """Each weight is calibrated on what the quantized layers before it give."""
+    program = capture(model(), (batches(1)[0],))
+    apply_rules(program, list(Canonicalize().rules()))
+    samples = [[b] for b in batches()]
+    stage = QuantizeMatmul(bits=3, activations=None, method="gptq").stages()[-1]
+    assert isinstance(stage, QuantizeWeights)
+    learned = stage.calibrated(program, samples, lambda _text: None)
+    assert isinstance(learned, QuantizeWeights)
+    first = learned.plan.weights["ups.0.weight"].dequantize()
+    program.state["ups.0.weight"] = first
+    again = stage.calibrated(program, samples, lambda _text: None)
+    assert isinstance(again, QuantizeWeights)
+    one, two = (s.plan.weights["downs.0.weight"].dequantize() for s in (learned, again))
+    apart = (one - two).abs() > 1e-6
+    assert apart.float().mean() < 0.02  # a program that starts with the quantized weight agrees
+
+
+def test_dynamic_activations_are_calibrated_with() -> None:
+    fast = graphopt.compile(
+        model(),
+        example_inputs=(batches(1)[0],),
+        calibration=batches(),
+        passes=["Canonicalize", QuantizeMatmul(bits=4, group_size=32, method="gptq")],
+        measure=False,
+    )
+    assert fast.report.verified
+    assert {n.args[-1] for n in fast.program.graph.nodes if "quantized" in n.name} == {"dynamic"}
+
+
+def test_without_calibration_it_says_what_to_do() -> None:
+    with pytest.raises(GraphoptError, match="learns from calibration inputs; there are none") as e:
+        quantized(bits=4, method="gptq")
+    assert "calibration=" in str(e.value.fix)
+    with pytest.raises(GraphoptError, match="none"):
+        quantized(bits=4, method="gptq", calibration=[])
+
+
+def test_calibration_that_does_not_fit() -> None:
+    wrong = [*batches(5), torch.randn(4, 32, WIDTH + 1)]
+    with pytest.raises(GraphoptError) as caught:
+        quantized(bits=4, method="gptq", calibration=wrong)
+    assert caught.value.where == "calibration[5]"
+    bad = batches(6)
+    bad[5][0, 0, 0] = torch.nan
+    with pytest.raises(GraphoptError, match=r"calibration\[5\] gives NaN"):
+        quantized(bits=4, method="gptq", calibration=bad)
+
+
+class Experts(nn.Module):
+    """Rows go to one of two experts; the second is never asked by positive inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            rows = ((x[:, 0] < 0) == bool(index)).nonzero()[:, 0]
+            out = out.index_add(0, rows, expert(x[rows]).relu())
+        return out
+
+
+def test_an_expert_that_saw_nothing_is_rounded_and_says_so() -> None:
+    torch.manual_seed(0)
+    positive = [torch.rand(16, WIDTH) for _ in range(3)]
+    fast = graphopt.compile(
+        Experts().eval(),
+        example_inputs=(torch.randn(16, WIDTH),),
+        calibration=positive,
+        passes=["Canonicalize", QuantizeMatmul(bits=4, activations=None, method="gptq")],
+        measure=False,
+    )
+    told = [note for note in fast.report.notes if "saw no calibration rows" in note]
+    assert len(told) == 1
+    assert "experts.1.weight" in told[0]
+
+
+def test_names_of_methods() -> None:
+    assert methods("gptq").rounding == methods(["gptq"]).rounding == "gptq"
+    assert parse_pass("QuantizeMatmul:bits=4,activations=null,method=gptq").method == "gptq"
+    for given, reason in (
+        ("gptqq", "'gptqq' is not one of"),
+        ("gptq+gptq", "twice"),
+        (["rtn", "gptq"], "rtn and gptq both round"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            methods(given)
+    with pytest.raises(RecipeError, match="'awk' is not one of"):
+        resolve([{"QuantizeMatmul": {"method": "awk"}}])
+    with pytest.raises(RecipeError, match="symmetric=False"):
+        resolve(["QuantizeMatmul:bits=4,activations=null,method=hqq"])
