@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
+from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.subject import load_subject, options_from
@@ -39,8 +42,9 @@ def command(
     from graphopt.benchmark import bench
 
     with progress("bench", quiet=as_json) as step:
-        options = options_from(recipe, passes, strict, measure, calibration)
+        options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train)
+        options = replace(options, calibration=calibration_of(calibration, subject))
         if subject.module is None:
             raise GraphoptError(
                 "a .pt2 has no eager module to compare with",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
+from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.subject import load_subject, options_from
@@ -31,14 +34,13 @@ def command(
     graph: bool,
 ) -> None:
     """Say what would be rewritten in MODEL, what would not, and why."""
-    from dataclasses import replace
-
     from graphopt.recipe import rewrite_program
     from graphopt.report.explain import explain_lines
 
     with progress("explain", quiet=as_json) as step:
-        options = options_from(recipe, passes, strict, measure, calibration)
+        options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train)
+        options = replace(options, calibration=calibration_of(calibration, subject))
         step("capture")
         program, eager = subject.capture()
         _, report = rewrite_program(program, replace(options, progress=step), eager)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.outputs import check_outputs, stem_of
@@ -46,8 +47,9 @@ def command(
         path = Path(output or f"{stem_of(model)}.onnx")
         check_target(path, training=train, verify=verify)
         check_outputs([path], [model, inputs, recipe, calibration])
-        options = options_from(recipe, passes, strict, measure, calibration)
+        options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train)
+        options = replace(options, calibration=calibration_of(calibration, subject))
         step("capture")
         program, eager = subject.capture()
         check_program(program)

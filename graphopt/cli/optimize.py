@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.outputs import check_outputs, stem_of
@@ -61,8 +62,9 @@ def command(
         step("load")
         targets = _targets(outputs, model, train)
         check_outputs(targets, [model, inputs, recipe, calibration])
-        options = options_from(recipe, passes, strict, measure, calibration)
+        options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train)
+        options = replace(options, calibration=calibration_of(calibration, subject))
         options = replace(options, target=target, progress=step)
         step("capture")
         program, eager = subject.capture()

@@ -62,7 +62,8 @@ def recipe_options(function: F) -> F:
             "--calibration",
             metavar="FILE",
             type=click.Path(exists=True),
-            help="Named tensors the result is verified on as well.",
+            help="What passes calibrate on and the result is verified on: named tensors, batches "
+            "of the example's size, or a .txt file for a Hugging Face folder.",
         ),
     )
 

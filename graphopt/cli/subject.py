@@ -10,7 +10,7 @@ from torch.jit import ScriptModule
 
 from graphopt.cli.options import DEFAULT_RECIPE
 from graphopt.errors import GraphoptError, LoadError, RecipeError
-from graphopt.inputs import Inputs, from_file, given_inputs
+from graphopt.inputs import Inputs, given_inputs
 from graphopt.loading import LoadedModel, load_model
 from graphopt.presets import resolve
 from graphopt.program import Program, val
@@ -139,7 +139,6 @@ def options_from(
     passes: tuple[str, ...],
     strict: bool,
     measure: bool,
-    calibration: str | None,
 ) -> Options:
     """Command-line options as `Options`.
 
@@ -153,5 +152,4 @@ def options_from(
             fix="leave one of them out; a YAML recipe can hold the passes of both",
         )
     chosen = resolve(list(passes) if passes else recipe or DEFAULT_RECIPE)
-    batches = [from_file(calibration).kwargs] if calibration else None
-    return Options(chosen, calibration=batches, strict=strict, measure=measure)
+    return Options(chosen, strict=strict, measure=measure)
