@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
 from graphopt.passes.quantize.methods import methods
 from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.weights import QuantizeWeights
@@ -60,7 +61,11 @@ class QuantizeMatmul(Pass):
         return Settings(self.scheme, methods(self.method), self.activations or "none")
 
     def stages(self) -> Sequence[Pass]:
-        return (QuantizeWeights(self, self.settings, self.head),)
+        last = QuantizeWeights(self, self.settings, self.head)
+        scaling = methods(self.method).scaling
+        if scaling is None:
+            return (last,)
+        return (ScaleBeforeQuantizing(self, self.scheme, scaling, last.matches), last)
 
     def rules(self) -> Sequence[Rule]:
         return [rule for stage in self.stages() for rule in stage.rules()]

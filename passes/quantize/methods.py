@@ -8,20 +8,24 @@ from typing import NamedTuple
 ROUNDING = ("rtn", "hqq", "gptq")
 """How codes of a weight are chosen: one of these."""
 
-CALIBRATED = frozenset({"gptq"})
+SCALING = ("awq", "smoothquant")
+"""Factors that are moved between layers before: one of these, or none."""
+
+CALIBRATED = frozenset({"gptq", *SCALING})
 """Methods that learn from calibration inputs."""
 
-METHODS = ROUNDING
+METHODS = (*ROUNDING, *SCALING)
 
 
 class Methods(NamedTuple):
     """What a pass does to a weight, in order."""
 
     rounding: str
+    scaling: str | None = None
 
     @property
     def calibrated(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.rounding,) if name in CALIBRATED)
+        return tuple(name for name in (self.scaling, self.rounding) if name in CALIBRATED)
 
 
 def methods(given: str | Sequence[str]) -> Methods:
@@ -36,7 +40,13 @@ def methods(given: str | Sequence[str]) -> Methods:
             raise ValueError(f"method {name!r} is not one of {', '.join(METHODS)}")
     if len(set(names)) < len(names):
         raise ValueError(f"method {'+'.join(names)} names a method twice")
-    chosen = [name for name in names if name in ROUNDING]
+    return Methods(
+        _one(names, ROUNDING, "round weights") or "rtn", _one(names, SCALING, "scale channels")
+    )
+
+
+def _one(names: Sequence[str], kind: Sequence[str], what: str) -> str | None:
+    chosen = [name for name in names if name in kind]
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} both round weights: take one of them")
-    return Methods(chosen[0] if chosen else "rtn")
+        raise ValueError(f"{' and '.join(chosen)} both {what}: take one of them")
+    return chosen[0] if chosen else None

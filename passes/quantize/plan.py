@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
-from graphopt.calibration import Statistics, Stream
-from graphopt.errors import GraphoptError
 from graphopt.kernels.quantized.autograd import linear
 from graphopt.kernels.quantized.gptq import gptq
 from graphopt.kernels.quantized.hqq import hqq
@@ -18,9 +16,9 @@ from graphopt.kernels.quantized.rounding import Clip, quantize
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
 from graphopt.passes.quantize.methods import Methods
+from graphopt.passes.quantize.observed import Observed
 from graphopt.program import Program
-from graphopt.rewrite import Match, arguments
-from graphopt.source import source_line
+from graphopt.rewrite import Match
 
 Progress = Callable[[str], None]
 
@@ -57,7 +55,7 @@ def calibrate(
     Raises:
         GraphoptError: samples hold NaN where a weight is calibrated, or the model fails on one.
     """
-    return _Calibration(program, matches, samples, settings, progress).run()
+    return _Calibration(program, matches, samples, settings).run(progress)
 
 
 @dataclass(frozen=True)
@@ -76,71 +74,47 @@ class _Calibration:
         matches: Sequence[Match],
         samples: Sequence[Sequence[Any]],
         settings: Settings,
-        progress: Progress,
     ) -> None:
-        self.program, self.settings, self.progress = program, settings, progress
-        self.pending = {m["weight"]: list(m.nodes) for m in matches}
-        products = {node: m["weight"] for m in matches for node in m.nodes}
-        self.products = {n: products[n] for n in program.graph.nodes if n in products}
-        self.stream = Stream(program, samples, list(products))
-        self.statistics: dict[fx.Node, Statistics] = {}
+        self.program, self.settings = program, settings
+        self.weight_of = {node: m["weight"] for m in matches for node in m.nodes}
+        self.observed = Observed(program, samples, self.weight_of)
         self.weights: dict[str, QuantizedWeight] = {}
         self.notes: dict[str, str] = {}
 
-    def run(self) -> Plan:
-        total = len(self.pending)
-        for product, weight in self.products.items():
-            self.stream.advance(product)
-            self._collect(product)
-            self.pending[weight].remove(product)
-            if not self.pending[weight]:
-                self._quantize(weight)
-                self.progress(f"calibrated {len(self.weights)} of {total} weights")
+    def run(self, progress: Progress) -> Plan:
+        total = len(set(self.weight_of.values()))
+        while self.observed.left:
+            weight = self.weight_of[self.observed.next()]
+            pending = {self.weight_of[n] for n in self.observed.left}
+            if weight in pending:  # calibrated where it is read last
+                continue
+            self._quantize(weight)
+            self.observed.keep(n for n, w in self.weight_of.items() if w in pending)
+            progress(f"calibrated {len(self.weights)} of {total} weights")
         return Plan(self.weights, self.notes)
-
-    def _collect(self, product: fx.Node) -> None:
-        given = _given(product)
-        if given in self.statistics:
-            return
-        try:
-            self.statistics[given] = Statistics.of(self.stream.given(given))
-        except ValueError as error:
-            raise GraphoptError(
-                f"{self.program.name}: {error} at `{product.name}`",
-                where=source_line(product) or product.name,
-                fix="leave those inputs out, or correct their values",
-            ) from error
 
     def _quantize(self, weight: fx.Node) -> None:
         name = self.program.target_of(weight) or weight.name
-        mine = [n for n, w in self.products.items() if w is weight]
-        stored = self._stored(name, self.program.state[name], mine)
+        tensor, stream = self.program.state[name], self.observed.stream
+        products = [n for n, w in self.weight_of.items() if w is weight]
+        stored = self._stored(name, tensor, products)
         self.weights[name] = stored
         if self.settings.activations == "none":
-            self.stream.weight(weight, stored.dequantize(self.program.state[name].dtype))
-        for product in mine:
-            if self.settings.activations != "none":
-                self.stream.replace(product, partial(_product, stored, self.settings.activations))
-        self._forget(mine)
+            stream.weight(weight, stored.dequantize(tensor.dtype))
+            return
+        for product in products:
+            stream.replace(product, partial(_product, stored, self.settings.activations))
 
-    def _stored(self, name: str, weight: Tensor, products: Iterable[fx.Node]) -> QuantizedWeight:
-        seen = [self.statistics[_given(n)] for n in products]
+    def _stored(self, name: str, weight: Tensor, products: Sequence[fx.Node]) -> QuantizedWeight:
+        scheme, methods = self.settings.scheme, self.settings.methods
+        seen = self.observed.of(products)
         if not sum(s.rows for s in seen):
             self.notes[name] = f"`{name}` saw no calibration rows: it is rounded to nearest"
-            return rounded(weight, self.settings.scheme, self.settings.methods)
+            return rounded(weight, scheme, methods)
         moment = sum((s.moment for s in seen[1:]), seen[0].moment)
-        return gptq(weight, self.settings.scheme, moment)
-
-    def _forget(self, products: Iterable[fx.Node]) -> None:
-        """Drop statistics that no weight to come reads."""
-        wanted = {_given(n) for n, weight in self.products.items() if self.pending[weight]}
-        for given in {_given(n) for n in products} - wanted:
-            self.statistics.pop(given, None)
-
-
-def _given(product: fx.Node) -> fx.Node:
-    node: fx.Node = arguments(product)["input"]
-    return node
+        if methods.rounding == "gptq":
+            return gptq(weight, scheme, moment)
+        return quantize(weight, scheme, "search", moment.diagonal())
 
 
 def _product(

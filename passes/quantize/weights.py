@@ -49,7 +49,7 @@ class QuantizeWeights(Pass):
         methods = self.settings.methods.calibrated
         if not methods:
             return self
-        matches = self._matches(program)
+        matches = self.matches(program)
         if matches and not samples:
             raise GraphoptError(
                 f"method {' and '.join(methods)} learns from calibration inputs; there are none",
@@ -60,7 +60,7 @@ class QuantizeWeights(Pass):
         plan = calibrate(program, matches, samples, self.settings, progress) if matches else Plan()
         return replace(self, plan=plan)
 
-    def _matches(self, program: Program) -> list[Match]:
+    def matches(self, program: Program) -> list[Match]:
         """What the rule will rewrite."""
         rule = self._rule()
         found = (candidate.match for candidate in rule.find(program))

@@ -181,3 +181,72 @@ def test_names_of_methods() -> None:
         resolve([{"QuantizeMatmul": {"method": "awk"}}])
     with pytest.raises(RecipeError, match="symmetric=False"):
         resolve(["QuantizeMatmul:bits=4,activations=null,method=hqq"])
+
+
+class Gated(nn.Module):
+    """A gated block behind a norm, some of whose channels are much larger than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.gate, self.up = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        with torch.no_grad():
+            self.norm.weight[::8] *= 30
+            self.up.weight[::16] *= 20
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return F.layer_norm(x + self.down(F.silu(self.gate(y)) * self.up(y)), (WIDTH,))
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "awq+gptq"])
+def test_factors_between_layers_help(method: str) -> None:
+    torch.manual_seed(0)
+    gated = Gated().eval()
+    options: dict[str, Any] = {"bits": 4, "group_size": 32, "activations": None}
+    if method == "smoothquant":
+        options = {"bits": 8, "activations": "dynamic"}
+    found = {}
+    for name in ("rtn", method):
+        fast = graphopt.compile(
+            gated,
+            example_inputs=(batches(1)[0],),
+            calibration=batches(),
+            passes=["Canonicalize", QuantizeMatmul(method=name, **options)],
+            measure=False,
+        )
+        with torch.no_grad():
+            pairs = [(fast(x), gated(x)) for x in batches(3, seed=7)]
+        found[name] = float(sum((a - b).square().sum() for a, b in pairs)) ** 0.5
+    rules = [a.rule for a in fast.report.applied]
+    assert (rules.count("ScaleChannels"), rules.count("QuantizeLinear")) == (2, 3)
+    assert found[method] < 0.75 * found["rtn"], found
+
+
+def test_channels_that_cannot_be_scaled_say_why() -> None:
+    fast = quantized(bits=4, method="awq", calibration=batches())
+    told = [m for m in fast.report.missed if m.rule == "ScaleChannels"]
+    assert len(told) == 4
+    assert sum("aten.gelu: " in m.reason for m in told) == 2
+    assert all("no factors come from there" in m.reason for m in told)
+
+
+def test_half_precision_takes_powers_of_two() -> None:
+    torch.manual_seed(0)
+    gated = Gated().bfloat16().eval()
+    data = [b.bfloat16() for b in batches()]
+    fast = graphopt.compile(
+        gated,
+        example_inputs=(data[0],),
+        calibration=data,
+        passes=[
+            "Canonicalize",
+            QuantizeMatmul(bits=4, group_size=32, activations=None, method="awq"),
+        ],
+        measure=False,
+    )
+    assert [a.rule for a in fast.report.applied].count("ScaleChannels") == 2
+    ratio = (fast.state_dict()["norm.weight_folded"] / gated.norm.weight).float().log2()
+    assert torch.equal(ratio, ratio.round())
+    assert ratio.unique().numel() > 1

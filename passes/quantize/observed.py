@@ -1,0 +1,69 @@
+"""What products are given on calibration inputs, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx
+
+from graphopt.calibration import Statistics, Stream
+from graphopt.errors import GraphoptError
+from graphopt.program import Program
+from graphopt.rewrite import arguments
+from graphopt.source import source_line
+
+
+class Observed:
+    """Statistics of the inputs of products, taken when the samples have come as far.
+
+    Attributes:
+        stream: runs the samples; what it is told to replace is what later products see.
+    """
+
+    def __init__(
+        self, program: Program, samples: Sequence[Sequence[Any]], products: Iterable[fx.Node]
+    ) -> None:
+        self.name = program.name
+        wanted = set(products)
+        self.left = [n for n in program.graph.nodes if n in wanted]
+        self.stream = Stream(program, samples, self.left)
+        self.statistics: dict[fx.Node, Statistics] = {}
+
+    def next(self) -> fx.Node:
+        """Go on to the next product in graph order, and look at its input.
+
+        Raises:
+            GraphoptError: it holds NaN or infinity, or the model fails on a sample.
+        """
+        product = self.left.pop(0)
+        self.stream.advance(product)
+        given = given_to(product)
+        if given not in self.statistics:
+            try:
+                self.statistics[given] = Statistics.of(self.stream.given(given))
+            except ValueError as error:
+                raise GraphoptError(
+                    f"{self.name}: {error} at `{product.name}`",
+                    where=source_line(product) or product.name,
+                    fix="leave those inputs out, or correct their values",
+                ) from error
+        return product
+
+    def of(self, products: Iterable[fx.Node]) -> list[Statistics]:
+        return [self.statistics[given_to(n)] for n in products]
+
+    def left_of(self, products: Iterable[fx.Node]) -> int:
+        """How many of these products are still to come."""
+        return len({*products} & {*self.left})
+
+    def keep(self, products: Iterable[fx.Node]) -> None:
+        """Drop statistics that neither these products nor those to come need."""
+        wanted = {given_to(n) for n in (*products, *self.left)}
+        self.statistics = {n: s for n, s in self.statistics.items() if n in wanted}
+
+
+def given_to(product: fx.Node) -> fx.Node:
+    """The input of a product."""
+    node: fx.Node = arguments(product)["input"]
+    return node
