@@ -13,6 +13,7 @@ from typing import Any
 
 from graphopt.emit.module import OptimizedModule
 from graphopt.emit.onnx_axes import name_axes
+from graphopt.emit.onnx_quantized import Lowering, calls_of, lower
 from graphopt.emit.onnx_runtime import compare_with_runtime, feed_of, open_session, require
 from graphopt.emit.onnx_translate import fuse_for_runtime, input_names, output_names, translate
 from graphopt.emit.onnx_variants import separate_projections
@@ -88,18 +89,20 @@ def export_onnx(
     program = _exportable(module)
     _check_opset(opset)
     names = input_names(program), output_names(program)
-    draft = _draft(program, names, opset, fuse=fuse)
+    lowering = lower(program, opset=opset, standard=not fuse, verify=verify, measure=measure)
+    draft = _draft(lowering, names, fuse=fuse)
     if fuse and measure and find_spec("onnxruntime"):
-        draft = _faster(draft, program, names, opset)
+        draft = _faster(draft, lowering, names)
     _check_opset(opset, draft.model.model.opset_imports.get(""))
     draft.model.model.metadata_props["graphopt"] = _metadata(module)
     target, conditions = Path(path), program.assumptions
     with atomic_path(target) as temporary:
         _save(draft.model, temporary, program)
         unchecked = (f"calls must keep to this, the file cannot: {_told(a)}" for a in conditions)
-        error, notes = None, (*draft.notes, *unchecked)
+        error, notes = None, (*lowering.notes(), *draft.notes, *unchecked)
         if verify:
-            found, seen = compare_with_runtime(program, temporary, *names)
+            allowed = lowering.tolerance
+            found, seen = compare_with_runtime(program, temporary, *names, allowed=allowed)
             error, notes = found.rms, (*notes, *seen)
     size = target.stat().st_size
     return OnnxResult(target, *names, draft.fusions, error, size, notes)
@@ -155,20 +158,21 @@ class _Draft:
 Names = tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def _draft(program: Program, names: Names, opset: int | None, *, fuse: bool) -> _Draft:
-    model = translate(program, *names, opset=opset)
+def _draft(lowering: Lowering, names: Names, *, fuse: bool) -> _Draft:
+    model = translate(lowering.program, *names, opset=lowering.opset)
     fusions = fuse_for_runtime(model) if fuse else {}
-    name_axes(model.model, program)
+    lowering.place(model.model)
+    name_axes(model.model, lowering.program)
     return _Draft(model, fusions)
 
 
-def _faster(draft: _Draft, program: Program, names: Names, opset: int | None) -> _Draft:
+def _faster(draft: _Draft, lowering: Lowering, names: Names) -> _Draft:
     """The draft, or one with separate projections if ONNX Runtime runs that faster."""
-    apart = separate_projections(program)
-    other = _draft(apart, names, opset, fuse=True) if apart is not None else draft
+    apart = separate_projections(lowering.program)
+    other = draft if apart is None else _draft(replace(lowering, program=apart), names, fuse=True)
     if other.fusions.get("attention", 0) <= draft.fusions.get("attention", 0):
         return draft
-    pace = _race(draft, other, program, names[0])
+    pace = _race(draft, other, lowering.program, names[0])
     ratio = f"{pace.old / pace.new:.2f}x the speed of one merged product"
     note = f"query, key and value as separate products: {ratio} in ONNX Runtime"
     if pace.new > pace.old:
@@ -204,14 +208,10 @@ def check_program(program: Program) -> None:
     """Refuse what no ONNX file can hold.
 
     Raises:
-        ExportError: the program trains, keeps state between calls, or reads quantized weights.
+        ExportError: the program trains, keeps state between calls, or reads quantized weights that
+            are computed or laid out for one machine.
     """
-    quantized = ("quantized_linear", "quantized_embedding")
-    if any(getattr(n.target, "_opname", "") in quantized for n in program.graph.nodes):
-        raise ExportError(
-            f"{program.name} computes on quantized weights, which have no ONNX form yet",
-            fix="leave QuantizeMatmul out for ONNX, or write a .pt2",
-        )
+    calls_of(program)
     if program.training:
         raise ExportError(
             f"{program.name} was captured in training mode", fix="capture it after model.eval()"

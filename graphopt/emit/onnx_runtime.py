@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.emit.onnx_quantized.calls import quantized_nodes, unrounded
 from graphopt.errors import MissingDependencyError, VerificationError
 from graphopt.program import OutputKind, Program
 from graphopt.rewrite.rule import Numeric
@@ -31,19 +32,26 @@ def require(*packages: str) -> None:
 
 
 def compare_with_runtime(
-    program: Program, path: Path, inputs: Sequence[str], outputs: Sequence[str]
+    program: Program,
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    allowed: float = 0.0,
 ) -> tuple[Measure, list[str]]:
     """Run the file on captured and unseen sizes, and at 1; the worst measure over all outputs.
 
-    A model that magnifies rounding is held to its own error where that is larger than `TOLERANCE`.
-    Attention that may see nothing is zero in torch and something else in ONNX. Where a drawn mask
-    has such rows, the comparison is made without them, and the notes say so.
+    Outputs may be off by `TOLERANCE`, or by ``allowed`` where that is more. A model that magnifies
+    rounding, or rounds activations, is held to its own error where that is larger. Attention that
+    may see nothing is zero in torch and something else in ONNX. Where a drawn mask has such rows,
+    the comparison is made without them, and the notes say so.
 
     Raises:
         VerificationError: names the output that differs, and by how much.
     """
-    session = open_session(path)
-    rows = _compare_once(program, session, program.example_inputs, inputs, outputs)
+    exact = unrounded(program) if quantized_nodes(program) else program
+    session, checked = open_session(path), (inputs, outputs, exact, allowed)
+    rows = _compare_once(program, session, program.example_inputs, *checked)
     notes: dict[str, None] = {}
     for sizes in (unseen_sizes(program), *sizes_of_one(program)):
         values, refused = fresh_or_refused(program, sizes)
@@ -51,14 +59,14 @@ def compare_with_runtime(
             notes[f"random inputs were not tried: {refused}"] = None
             continue
         try:
-            rows += _compare_once(program, session, values, inputs, outputs)
+            rows += _compare_once(program, session, values, *checked)
         except VerificationError:
             filled = _with_no_empty_rows(program, values)
             nodes = program.user_inputs()
             names = [n.name for n, a, b in zip(nodes, values, filled, strict=True) if a is not b]
             if not names:
                 raise
-            rows += _compare_once(program, session, filled, inputs, outputs)
+            rows += _compare_once(program, session, filled, *checked)
             notes[_EMPTY.format(" and ".join(names))] = None
     return worst(rows), list(notes)
 
@@ -92,17 +100,19 @@ def _compare_once(
     values: Sequence[Any],
     inputs: Sequence[str],
     outputs: Sequence[str],
+    reference: Program,
+    allowed: float,
 ) -> list[Measure]:
     mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
     old = run_program(program, values, wide=False, grad=False).outputs[mutated:]
-    exact = run_program(program, values, wide=True, grad=False).outputs[mutated:]
+    exact = run_program(reference, values, wide=True, grad=False).outputs[mutated:]
     new = [torch.from_numpy(a) for a in session.run(None, feed_of(session, values, inputs))][
         mutated:
     ]
     wanted = [i for i, o in enumerate(old) if isinstance(o, Tensor)]
     rows = []
     for name, i, n in zip(outputs, wanted, new, strict=False):
-        tolerance = TOLERANCE.get(old[i].dtype, 0.0)
+        tolerance = max(TOLERANCE.get(old[i].dtype, 0.0), allowed)
         found = compare(old[i], n, exact[i], Numeric.LOSSY, tolerance)
         if not found.ok:
             rounded = [m.outputs[mutated:][i] for m in rounded_runs(program, values)]
@@ -125,7 +135,7 @@ def feed_of(session: Any, values: Sequence[Any], inputs: Sequence[str]) -> dict[
     return {n: t.numpy() for n, t in zip(inputs, tensors, strict=True) if n in names}
 
 
-def open_session(path: Path) -> Any:
+def open_session(model: Path | bytes) -> Any:
     """An ONNX Runtime session on the CPU with torch's number of threads."""
     require("onnxruntime")
     import onnxruntime
@@ -133,8 +143,9 @@ def open_session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    given = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         first = str(error).splitlines()[0]
         raise VerificationError(f"ONNX Runtime cannot load the file: {first}") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.emit.exported import to_exported
+from graphopt.emit.onnx_quantized import translations
 from graphopt.errors import ExportError
 from graphopt.program import InputKind, OutputKind, Program
 from graphopt.source import source_line
@@ -61,6 +62,7 @@ def translate(
                 input_names=list(inputs) if _all_tensors(program) else None,
                 output_names=named if _all_tensors(program) else None,
                 opset_version=opset,
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:

@@ -1,0 +1,129 @@
+"""ONNX forms of ``graphopt::quantized_linear`` and ``graphopt::quantized_embedding``.
+
+Quantized operators leave the program before it is translated: a slot stands in for each (`calls`,
+`slots`), so that torch's exporter and the fusions for ONNX Runtime see float operators and a box.
+Then each slot becomes the nodes of a `form`, with initializers made of the stored weight
+(`place`). Which form is a matter of measurement in ONNX Runtime on the inputs of that very
+operator (`choose`, `alone`): what holds to the bound, and of that the fastest.
+
+Forms are in `nbits` (blocks of integers), `dynamic` (activations in 8 bits) and `decoded` (tables,
+and the standard's quantize and dequantize).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt.emit.onnx_quantized.calls import (
+    Call,
+    calls_of,
+    quantized_nodes,
+    unrounded,
+    with_slots,
+)
+from graphopt.emit.onnx_quantized.choose import Choice, choose, forms_of
+from graphopt.emit.onnx_quantized.place import place
+from graphopt.emit.onnx_quantized.slots import translations
+from graphopt.program import Program
+
+__all__ = ["Call", "Lowering", "calls_of", "lower", "quantized_nodes", "translations", "unrounded"]
+
+OPSET = 20
+"""What torch's exporter writes when it is not told."""
+BLOCKS = 21
+"""The first operator set in which ``DequantizeLinear`` has 4 bits, and scales for blocks."""
+LOSS = 2.0
+"""What outputs may be off by, times what products come to that round activations."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A program ready to be translated, and what its slots become.
+
+    Attributes:
+        program: with slots.
+        choices: one for each slot.
+        opset: operator set to write, where the forms ask for one.
+    """
+
+    program: Program
+    choices: Sequence[Choice] = ()
+    opset: int | None = None
+
+    def place(self, model: Any) -> None:
+        """Replace the slots of the translated model, in place."""
+        if self.choices:
+            place(model, self.choices)
+
+    @property
+    def tolerance(self) -> float:
+        """What rounding activations may change of outputs: errors that do not know of each other add
+        up as the root of the sum of their squares."""
+        rounded = (c.error**2 for c in self.choices if c.form.rounds)
+        return LOSS * math.sqrt(sum(rounded))
+
+    def notes(self) -> list[str]:
+        """In which forms the operators are, and what else was tried."""
+        return [*_chosen(self.choices), *_stored(self.choices)]
+
+
+def lower(
+    program: Program, *, opset: int | None, standard: bool, verify: bool, measure: bool
+) -> Lowering:
+    """The program with slots; itself where it has no quantized operator.
+
+    Args:
+        opset: operator set that was asked for.
+        standard: only operators of the ONNX standard.
+        verify: try forms in ONNX Runtime before they are chosen.
+        measure: choose the fastest.
+
+    Raises:
+        ExportError: an operator has no form.
+    """
+    calls = calls_of(program)
+    if not calls:
+        return Lowering(program, opset=opset)
+    opset = opset or (BLOCKS if standard else OPSET)
+    if verify:
+        choices = choose(program, calls, standard=standard, opset=opset, time=measure)
+    else:
+        choices = [
+            Choice(c, forms_of(c, standard=standard, opset=opset)[0]) for c in calls.values()
+        ]
+    return Lowering(with_slots(program), choices, opset)
+
+
+def _chosen(choices: Sequence[Choice]) -> list[str]:
+    notes, seen = [], Counter(_kind(c) for c in choices)
+    for choice in choices:
+        count = seen.pop(_kind(choice), 0)
+        if count:
+            others = f" and {count - 1} like it" if count > 1 else ""
+            tried = "; ".join(map(str, choice.trials)) or choice.form.name
+            shape = "x".join(map(str, choice.call.weight.shape))
+            notes.append(f"`{choice.call.name}`{others}, {shape}, {choice.rows} rows: {tried}")
+    return notes
+
+
+def _kind(choice: Choice) -> Any:
+    call = choice.call
+    return (choice.form.name, call.scheme, call.weight.shape, call.activations, call.embedding)
+
+
+def _stored(choices: Sequence[Choice]) -> list[str]:
+    notes = []
+    unpacked = sum(c.form.unpacks for c in choices)
+    if unpacked:
+        notes.append(
+            f"{unpacked} quantized weights are small in the file, and float32 in the memory of "
+            "ONNX Runtime"
+        )
+    for bits, held in ((3, 4), (6, 8)):
+        if any(c.call.scheme.dtype == "int" and c.call.scheme.bits == bits for c in choices):
+            notes.append(f"codes of {bits} bits take {held} in the file: ONNX packs no others")
+    return notes

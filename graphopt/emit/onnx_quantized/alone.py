@@ -1,0 +1,129 @@
+"""A form by itself in ONNX Runtime: how far off it is, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.emit.onnx_quantized.calls import Call
+from graphopt.emit.onnx_quantized.emitter import MICROSOFT, Emitter
+from graphopt.emit.onnx_quantized.form import Form, Product
+from graphopt.kernels.quantized import QuantizedWeight
+from graphopt.kernels.quantized.definition import embedding, weight_only
+
+EXACT = 2e-5
+"""Relative RMS error allowed of forms that leave activations as they are."""
+ROUNDING = 0.0083
+"""Relative RMS error of Gaussian weights rounded to 8 bits per output channel; a bit less doubles
+it. A form may add as much, not more."""
+ACTIVATIONS = 0.03
+"""Allowed of activations in 8 bits, as it is where they are rounded in torch."""
+ALIKE, SHARED = 1.1, 1.5
+"""Times the error of torch that a form may have; and one with a scale for the whole tensor, whose
+result for one row depends on the others."""
+GAIN = 2e-3
+"""How far the factor between a result and the exact one may be from 1. Rounding is noise, which
+cancels over many numbers; a scale that is off does not."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A form on the inputs of a call.
+
+    Attributes:
+        error: relative RMS error of the result, against float64 with activations as they are.
+        gain: the factor between them that fits best.
+        fault: why it may not be used, in words; empty where it may.
+        run: the call once more.
+        seconds: of a call, where that was measured.
+    """
+
+    form: Form
+    error: float
+    gain: float
+    fault: str
+    run: Callable[[], Any]
+    seconds: float | None = None
+
+    def timed(self, seconds: float) -> Trial:
+        return replace(self, seconds=seconds)
+
+    def __str__(self) -> str:
+        took = "" if self.seconds is None else f" {self.seconds * 1e3:.3g} ms,"
+        fault = f" ({self.fault})" if self.fault else ""
+        return f"{self.form.name}{took} error {self.error:.1e}{fault}"
+
+
+def attempt(form: Form, call: Call, x: Tensor, opset: int, own: float = 0.0) -> Trial:
+    """Run a form on float32 ``x (..., K)`` or indices, where torch has the error ``own``."""
+    session = alone(form, call, x.ndim, x.dtype, opset)
+    run = partial(session.run, None, {"x": x.numpy()})
+    wanted = exact(call, x)
+    error, gain = difference(torch.from_numpy(run()[0]), wanted)
+    fault = _fault(allowance(form, call, own), error, gain, wanted.numel())
+    return Trial(form, error, gain, fault, run)
+
+
+def difference(made: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Relative RMS error, and the factor that fits best."""
+    size = float(wanted.norm())
+    error = float((made.double() - wanted).norm())
+    return (error / size, float((made.double() * wanted).sum()) / size**2) if size else (error, 1.0)
+
+
+def _fault(allowed: float, error: float, gain: float, count: int) -> str:
+    if not error <= allowed:
+        return f"above the bound, {allowed:.1e}"
+    slack = GAIN + 5 * error / count**0.5
+    return "" if abs(gain - 1) <= slack else f"a scale is off by {gain - 1:.1%}"
+
+
+def allowance(form: Form, call: Call, own: float) -> float:
+    """The largest error that a form may have on a call, where torch has ``own``."""
+    if not form.rounds:
+        return EXACT
+    if call.activations == "dynamic":
+        return min(ACTIVATIONS, SHARED * own) if form.shares else max(ACTIVATIONS, ALIKE * own)
+    if call.static is not None:
+        return ACTIVATIONS
+    return min(ACTIVATIONS, ROUNDING * 2 ** (8 - call.scheme.bits))
+
+
+def exact(call: Call, x: Tensor) -> Tensor:
+    """The product with the stored weight, or its rows, in float64."""
+    weight: QuantizedWeight = call.weight
+    if call.embedding:
+        return embedding(x, weight, torch.float64)
+    flat = weight_only(x.double().reshape(-1, weight.width), weight, None)
+    return flat.view(*x.shape[:-1], weight.shape[0])
+
+
+def alone(form: Form, call: Call, rank: int, dtype: torch.dtype, opset: int) -> Any:
+    """An ONNX Runtime session of a model that is this one operator."""
+    import onnx_ir
+
+    from graphopt.emit.onnx_quantized.emitter import code_of
+    from graphopt.emit.onnx_runtime import open_session
+
+    last = [] if call.embedding else [call.weight.width]
+    sizes = [f"n{i}" for i in range(rank - len(last))]
+    kind = onnx_ir.TensorType(onnx_ir.DataType(code_of(dtype)))
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape([*sizes, *last]), type=kind)
+    emit = Emitter()
+    made = form.build(emit, Product(call, x, rank))
+    made.name, made.type = "y", onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    graph = onnx_ir.Graph(
+        [x],
+        [made],
+        nodes=emit.nodes,
+        initializers=list(emit.constants.values()),
+        opset_imports={"": opset, MICROSOFT: 1},
+        name="alone",
+    )
+    model = onnx_ir.Model(graph, ir_version=10)
+    return open_session(onnx_ir.to_proto(model).SerializeToString())

@@ -1,0 +1,194 @@
+"""In which form each quantized operator is written: what holds, and of that the fastest.
+
+Forms are tried in ONNX Runtime on what the operator reads when the program runs on its captured
+inputs, at most `ROWS` rows of it. Operators of one kind take what the first of them was seen to run
+fastest, each where its own weight holds to the bound in that form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.emit.onnx_quantized import decoded, dynamic, nbits
+from graphopt.emit.onnx_quantized.alone import Trial, attempt, difference, exact
+from graphopt.emit.onnx_quantized.calls import Call
+from graphopt.emit.onnx_quantized.form import Form
+from graphopt.emit.onnx_quantized.integers import integers
+from graphopt.errors import ExportError
+from graphopt.kernels.quantized import linear
+from graphopt.kernels.quantized.choice import quartiles
+from graphopt.program import Program
+
+ROWS = 2048
+SMALLER = 1.5
+"""Times as long as the fastest a form may take that keeps the weight small in memory."""
+
+
+def forms_of(call: Call, *, standard: bool, opset: int) -> list[Form]:
+    """What the call can be written in, what is tried first first.
+
+    Raises:
+        ExportError: nothing.
+    """
+    forms = [f for f in _every_form(call) if f.opset <= opset and (f.standard or not standard)]
+    if call.static is not None:
+        forms = [f for f in forms if f.name == "DequantizeLinear"]
+    if not forms:
+        raise ExportError(
+            f"{call.scheme.dtype} weights with {_activations(call)} have no form in operator set "
+            f"{opset}",
+            where=call.where,
+            fix="take operator set 21 or later",
+        )
+    return sorted(forms, key=lambda form: form.tier)
+
+
+def _activations(call: Call) -> str:
+    return "static activations" if call.static is not None else f"activations={call.activations!r}"
+
+
+def _every_form(call: Call) -> Iterator[Form]:
+    found = integers(call.weight)
+    if call.embedding:
+        if found is not None and call.dtype != torch.float64:
+            yield from nbits.rows(call, found)
+        yield decoded.rows()
+        return
+    if call.activations == "dynamic" and found is not None and not call.tied:
+        yield from dynamic.products(call, found)
+    if found is not None:
+        yield from nbits.products(call, found)
+    yield from decoded.products(call, found)
+
+
+@dataclass
+class Choice:
+    """A form for a call.
+
+    Attributes:
+        error: of the form, as `Trial` has it.
+        trials: what was tried, what was chosen first.
+        rows: of the input it was tried on.
+    """
+
+    call: Call
+    form: Form
+    error: float = 0.0
+    trials: list[Trial] = field(default_factory=list)
+    rows: int = 0
+
+
+class Chooser(fx.Interpreter):
+    """Runs a program, and chooses at each quantized operator."""
+
+    def __init__(
+        self,
+        program: Program,
+        calls: dict[fx.Node, Call],
+        *,
+        standard: bool,
+        opset: int,
+        time: bool,
+    ) -> None:
+        super().__init__(program.graph_module)
+        self.calls, self.choices = calls, dict[fx.Node, Choice]()
+        self.standard, self.opset, self.time = standard, opset, time
+        self.kinds: dict[Any, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        call = self.calls.get(n)
+        if call is not None:
+            given = self.fetch_args_kwargs_from_env(n)[0][0]
+            self.choices[n] = self.choose(call, _sample(call, given))
+        return super().run_node(n)
+
+    def choose(self, call: Call, x: Tensor) -> Choice:
+        own = 0.0
+        if call.activations != "none":
+            made = linear(x, call.weight, activations=call.activations)
+            own = difference(made, exact(call, x))[0]
+        forms = forms_of(call, standard=self.standard, opset=self.opset)
+        kind = (call.scheme, call.weight.shape, call.activations, call.embedding, x.shape)
+        if kind in self.kinds:  # what was fastest first; the rest where that does not hold
+            forms.sort(key=lambda form: form.name != self.kinds[kind])
+            found = _first_that_holds(call, x, forms, self.opset, own)
+        else:
+            found = self._compare(call, x, forms, own)
+        self.kinds.setdefault(kind, found.form.name)
+        found.rows = x.numel() if call.embedding else x.shape[:-1].numel()
+        return found
+
+    def _compare(self, call: Call, x: Tensor, forms: Sequence[Form], own: float) -> Choice:
+        trials: list[Trial] = []
+        for tier in sorted({form.tier for form in forms}):
+            trials += [attempt(f, call, x, self.opset, own) for f in forms if f.tier == tier]
+            if held := [t for t in trials if not t.fault]:
+                best = self._fastest(held)
+                others = [
+                    t for t in (*held, *trials) if t.form != best.form and (t in held or t.fault)
+                ]
+                return Choice(call, best.form, best.error, trials=[best, *others])
+        raise _nothing_holds(call, trials)
+
+    def _fastest(self, held: list[Trial]) -> Trial:
+        if not self.time or len(held) == 1:
+            return held[0]
+        seconds = quartiles([trial.run for trial in held])
+        held[:] = [trial.timed(s) for trial, s in zip(held, seconds, strict=True)]
+        best = min(seconds)
+        small = [t for t in held if not t.form.unpacks and (t.seconds or 0) <= SMALLER * best]
+        return min(small or held, key=lambda trial: trial.seconds or 0)
+
+
+def _first_that_holds(
+    call: Call, x: Tensor, forms: Sequence[Form], opset: int, own: float
+) -> Choice:
+    trials = []
+    for form in forms:
+        trials.append(attempt(form, call, x, opset, own))
+        if not trials[-1].fault:
+            return Choice(call, form, trials[-1].error)
+    raise _nothing_holds(call, trials)
+
+
+def _nothing_holds(call: Call, trials: Sequence[Trial]) -> ExportError:
+    tried = "; ".join(map(str, trials))
+    return ExportError(
+        f"ONNX Runtime computes `{call.name}` in no form within the bound: {tried}",
+        where=call.where,
+        fix="skip this weight, or take more bits for it",
+    )
+
+
+def _sample(call: Call, given: Tensor) -> Tensor:
+    """What is tried: a few rows of what the operator reads, or numbers drawn where that is odd."""
+    if call.embedding:
+        flat = given.reshape(-1)[:ROWS]
+        return (flat if flat.numel() else flat.new_zeros(1)).contiguous()
+    flat = given.detach().reshape(-1, call.weight.width)[:ROWS].to(torch.float32)
+    if not flat.numel() or not flat.isfinite().all() or not flat.any():
+        generator = torch.Generator().manual_seed(0)
+        flat = torch.randn(max(len(flat), 1), call.weight.width, generator=generator)
+    return flat.reshape(*[1] * (max(given.dim(), 2) - 2), *flat.shape).contiguous()
+
+
+def choose(
+    program: Program, calls: dict[fx.Node, Call], *, standard: bool, opset: int, time: bool
+) -> list[Choice]:
+    """A choice for each call, in order; runs the program once.
+
+    Raises:
+        ExportError: in no form a call is within its bound, or has no form at all.
+    """
+    given = iter(program.example_inputs)
+    targets = (program.inputs[n.name].target for n in program.placeholders())
+    values = [next(given) if t is None else program.state[t] for t in targets]
+    chooser = Chooser(program, calls, standard=standard, opset=opset, time=time)
+    with torch.no_grad():
+        chooser.run(*values)
+    return [chooser.choices[node] for node in calls]
