@@ -4,7 +4,7 @@ Quantized operators leave the program before it is translated: a slot stands in 
 `slots`), so that torch's exporter and the fusions for ONNX Runtime see float operators and a box.
 Then each slot becomes the nodes of a `form`, with initializers made of the stored weight
 (`place`). Which form is a matter of measurement in ONNX Runtime on the inputs of that very
-operator (`choose`, `alone`): what holds to the bound, and of that the fastest.
+operator (`choosing`, `alone`): what holds to the bound, and of that the fastest.
 
 Forms are in `nbits` (blocks of integers), `dynamic` (activations in 8 bits) and `decoded` (tables,
 and the standard's quantize and dequantize).
@@ -25,7 +25,7 @@ from graphopt.emit.onnx_quantized.calls import (
     unrounded,
     with_slots,
 )
-from graphopt.emit.onnx_quantized.choose import Choice, choose, forms_of
+from graphopt.emit.onnx_quantized.choosing import Choice, choose, forms_of
 from graphopt.emit.onnx_quantized.place import place
 from graphopt.emit.onnx_quantized.slots import translations
 from graphopt.program import Program
@@ -61,8 +61,10 @@ class Lowering:
 
     @property
     def tolerance(self) -> float:
-        """What rounding activations may change of outputs: errors that do not know of each other add
-        up as the root of the sum of their squares."""
+        """What rounding activations may change of outputs.
+
+        Errors that do not know of each other add up as the root of the sum of their squares.
+        """
         rounded = (c.error**2 for c in self.choices if c.form.rounds)
         return LOSS * math.sqrt(sum(rounded))
 
@@ -120,10 +122,16 @@ def _stored(choices: Sequence[Choice]) -> list[str]:
     unpacked = sum(c.form.unpacks for c in choices)
     if unpacked:
         notes.append(
-            f"{unpacked} quantized weights are small in the file, and float32 in the memory of "
-            "ONNX Runtime"
+            f"{unpacked} of {len(choices)} quantized weights are small in the file, and float32 in "
+            "the memory of ONNX Runtime"
         )
+    whole = {(c.call.scheme.bits, c.call.scheme.dtype) for c in choices}
     for bits, held in ((3, 4), (6, 8)):
-        if any(c.call.scheme.dtype == "int" and c.call.scheme.bits == bits for c in choices):
+        if (bits, "int") in whole:
             notes.append(f"codes of {bits} bits take {held} in the file: ONNX packs no others")
+    twice = {c.call.name for c in choices if c.call.tied and "DequantizeLinear" in c.form.name}
+    notes += [
+        f"`{name}` is stored twice, for rows and for products: fuse=True stores it once"
+        for name in sorted(twice)
+    ]
     return notes

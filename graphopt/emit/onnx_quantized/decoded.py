@@ -47,7 +47,7 @@ def products(call: Call, found: Integers | None) -> Iterator[Form]:
             tier=2,
             opset=21 if found.bits < 8 or found.scales.shape[1] > 1 else 18,
         )
-    if _fits_bnb4(call):
+    if _fits_bnb4(call) and not call.tied:  # its bytes are no others
         yield Form("MatMulBnb4", _bnb4)
     tier = 0 if found is None else 3
     yield Form("table decoded on loading", _tabled, standard=True, unpacks=True, tier=tier)

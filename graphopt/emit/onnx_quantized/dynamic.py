@@ -75,7 +75,7 @@ def _by_rows(
 
 
 def row_scales(emit: Emitter, x: Any, top: float) -> Any:
-    """``max|x| / top`` of each row, ``(..., 1)``; NaN where a row holds NaN."""
+    """``max|x| / top`` of each row, ``(..., 1)``. ONNX Runtime's maximum passes over NaN."""
     last = emit.numbers(-1)
     high = emit("ReduceMax", x, last, keepdims=1)
     low = emit("Neg", emit("ReduceMin", x, last, keepdims=1))

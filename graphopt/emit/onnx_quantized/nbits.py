@@ -79,8 +79,10 @@ def blocks(emit: Emitter, call: Call, found: Integers, block: int) -> Any:
     rows, width = call.weight.shape
     count = -(-width // block)
     stored = call.weight.codes
-    padded = torch.nn.functional.pad(stored, (0, count * block // 2 - stored.shape[1]))
-    places = emit("Cast", emit.constant(f"{call.name}.pairs", padded), to=6)  # to int32
+    missing = count * block // 2 - stored.shape[1]
+    padded = torch.nn.functional.pad(stored, (0, missing))
+    held = emit.constant(f"{call.name}.{f'bytes_{block}' if missing else 'bytes'}", padded)
+    places = emit("Cast", held, to=6)  # to int32
     table = emit.constant("graphopt.e2m1_doubled", pairs(doubled()))
     looked_up = emit("Gather", table, places, axis=0)
     return emit("Reshape", looked_up, emit.numbers(rows, count, block))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphopt.emit.onnx_quantized.choose import Choice
+from graphopt.emit.onnx_quantized.choosing import Choice
 from graphopt.emit.onnx_quantized.emitter import MICROSOFT, Emitter, code_of
 from graphopt.emit.onnx_quantized.form import Product
 from graphopt.emit.onnx_quantized.slots import DOMAIN

@@ -1,7 +1,7 @@
 """In which form each quantized operator is written: what holds, and of that the fastest.
 
 Forms are tried in ONNX Runtime on what the operator reads when the program runs on its captured
-inputs, at most `ROWS` rows of it. Operators of one kind take what the first of them was seen to run
+inputs, or a part of it. Operators of one kind take what the first of them was seen to run
 fastest, each where its own weight holds to the bound in that form.
 """
 
@@ -24,7 +24,8 @@ from graphopt.kernels.quantized import linear
 from graphopt.kernels.quantized.choice import quartiles
 from graphopt.program import Program
 
-ROWS = 2048
+ROWS, RESULTS = 2048, 1 << 24
+"""Rows of its input and numbers of its result that an operator is tried on, at most."""
 SMALLER = 1.5
 """Times as long as the fastest a form may take that keeps the weight small in memory."""
 
@@ -168,9 +169,10 @@ def _nothing_holds(call: Call, trials: Sequence[Trial]) -> ExportError:
 def _sample(call: Call, given: Tensor) -> Tensor:
     """What is tried: a few rows of what the operator reads, or numbers drawn where that is odd."""
     if call.embedding:
-        flat = given.reshape(-1)[:ROWS]
+        flat = given.reshape(-1)[:ROWS].cpu()
         return (flat if flat.numel() else flat.new_zeros(1)).contiguous()
-    flat = given.detach().reshape(-1, call.weight.width)[:ROWS].to(torch.float32)
+    rows = max(1, min(ROWS, RESULTS // call.weight.shape[0]))
+    flat = given.detach().reshape(-1, call.weight.width)[:rows].to("cpu", torch.float32)
     if not flat.numel() or not flat.isfinite().all() or not flat.any():
         generator = torch.Generator().manual_seed(0)
         flat = torch.randn(max(len(flat), 1), call.weight.width, generator=generator)
