@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.emit import onnx_runtime
-from graphopt.emit.onnx_quantized import calls_of, lower, nbits
+from graphopt.emit.onnx_quantized import calls_of, lower, nbits, unrounded
 from graphopt.emit.onnx_quantized.alone import difference
 from graphopt.errors import ExportError
 from graphopt.kernels.quantized import QuantizedWeight, Scheme, embedding, linear, quantize
@@ -201,6 +201,35 @@ def test_inputs_of_any_shape(fuse: bool, tmp_path: Path) -> None:
         wanted = part.exact(x)
         assert made.shape == wanted.shape
         assert difference(made, wanted)[0] < most_of(scheme, activations)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(bits, "int", 16, False) for bits in (2, 3, 4, 6, 8)])
+def test_zero_points_that_are_codes(scheme: Scheme, tmp_path: Path) -> None:
+    """They are packed as codes are, for products and for rows; others are a product of sums."""
+    torch.manual_seed(0)
+    whole, other = (Tied(scheme, "none", 16 * 5, bias=False) for _ in range(2))
+    low, high = scheme.limits
+    whole.zeros = torch.randint(low, high + 1, whole.zeros.shape).to(whole.zeros.dtype)
+    other.zeros = whole.zeros + 0.25
+    for part, count in ((whole, 0), (other, 1)):
+        x = torch.randint(OUTPUTS, (2, 7))
+        exported(part, (x,), tmp_path / "z.onnx")
+        rows, made = ran(tmp_path / "z.onnx", x)
+        stored = part.stored.dequantize(torch.float64)
+        assert difference(rows, stored[x])[0] < 1e-6
+        assert difference(made, stored[x].tanh() @ stored.t())[0] < 0.012
+        nodes = [n.op_type for n in onnx.load(tmp_path / "z.onnx").graph.node]
+        assert nodes.count("ReduceSum") == nodes.count("Sub") == count
+
+
+def test_files_are_held_to_activations_as_they_are() -> None:
+    part, x = Product(Scheme(), "dynamic", WIDTH, bias=True), torch.randn(9, WIDTH)
+    module = graphopt.compile(
+        part.eval(), example_inputs=(x,), passes=["Canonicalize"], measure=False
+    )
+    (made,) = unrounded(module.program).run([x])
+    assert difference(made, part.exact(x))[0] < 1e-6
+    assert difference(module(x), part.exact(x))[0] > 1e-3
 
 
 def test_half_precision(tmp_path: Path) -> None:

@@ -98,10 +98,9 @@ def test_one_scale_for_all_is_not_taken_where_rows_differ() -> None:
     call, x = call_of(Scheme(), "dynamic"), torch.randn(ROWS, WIDTH)
     whole = next(f for f in forms(call) if f.name == "DynamicQuantizeMatMul")
     assert not attempt(whole, call, x, OPSET, own_error(call, x)).fault
-    x[: ROWS // 2] *= 30
-    x[0] *= 10
+    x[0] *= 3
     found = attempt(whole, call, x, OPSET, own_error(call, x))
-    assert found.fault.startswith("above the bound")
+    assert found.fault.startswith("above the bound") and found.error < 0.03
     rows = next(f for f in forms(call) if "by rows" in f.name)
     assert not attempt(rows, call, x, OPSET, own_error(call, x)).fault
 
