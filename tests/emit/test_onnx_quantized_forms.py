@@ -17,8 +17,8 @@ from graphopt.emit.onnx_quantized import alone as alone_module
 from graphopt.emit.onnx_quantized import choosing, lower
 from graphopt.emit.onnx_quantized.alone import attempt, difference, exact
 from graphopt.emit.onnx_quantized.calls import Call, Static
-from graphopt.emit.onnx_quantized.choosing import forms_of
 from graphopt.emit.onnx_quantized.form import Form
+from graphopt.emit.onnx_quantized.forms import forms_of
 from graphopt.errors import ExportError
 from graphopt.kernels.quantized import Scheme, linear, quantize
 from graphopt.passes import QuantizeMatmul

@@ -6,8 +6,8 @@ Then each slot becomes the nodes of a `form`, with initializers made of the stor
 (`place`). Which form is a matter of measurement in ONNX Runtime on the inputs of that very
 operator (`choosing`, `alone`): what holds to the bound, and of that the fastest.
 
-Forms are in `nbits` (blocks of integers), `dynamic` (activations in 8 bits) and `decoded` (tables,
-and the standard's quantize and dequantize).
+Forms are in `nbits` (blocks of integers), `dynamic` (activations in 8 bits), `qdq` (the standard's
+quantize and dequantize) and `decoded` (tables); `forms` lists those of a call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from graphopt.emit.onnx_quantized.calls import (
     unrounded,
     with_slots,
 )
-from graphopt.emit.onnx_quantized.choosing import Choice, choose, forms_of
+from graphopt.emit.onnx_quantized.choosing import Choice, choose
+from graphopt.emit.onnx_quantized.forms import forms_of
 from graphopt.emit.onnx_quantized.place import place
 from graphopt.emit.onnx_quantized.slots import translations
 from graphopt.program import Program

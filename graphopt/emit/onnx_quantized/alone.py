@@ -53,10 +53,18 @@ class Trial:
     def timed(self, seconds: float) -> Trial:
         return replace(self, seconds=seconds)
 
+    def released(self) -> Trial:
+        """The same without its session, which holds the weight."""
+        return replace(self, run=_released)
+
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" {self.seconds * 1e3:.3g} ms,"
         fault = f" ({self.fault})" if self.fault else ""
         return f"{self.form.name}{took} error {self.error:.1e}{fault}"
+
+
+def _released() -> None:
+    raise RuntimeError("the session of this trial is closed")
 
 
 def attempt(form: Form, call: Call, x: Tensor, opset: int, own: float = 0.0) -> Trial:

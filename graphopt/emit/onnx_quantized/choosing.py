@@ -7,18 +7,17 @@ fastest, each where its own weight holds to the bound in that form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.emit.onnx_quantized import decoded, dynamic, nbits
 from graphopt.emit.onnx_quantized.alone import Trial, attempt, difference, exact
 from graphopt.emit.onnx_quantized.calls import Call
 from graphopt.emit.onnx_quantized.form import Form
-from graphopt.emit.onnx_quantized.integers import integers
+from graphopt.emit.onnx_quantized.forms import forms_of
 from graphopt.errors import ExportError
 from graphopt.kernels.quantized import linear
 from graphopt.kernels.quantized.choice import quartiles
@@ -28,43 +27,6 @@ ROWS, RESULTS = 2048, 1 << 24
 """Rows of its input and numbers of its result that an operator is tried on, at most."""
 SMALLER = 1.5
 """Times as long as the fastest a form may take that keeps the weight small in memory."""
-
-
-def forms_of(call: Call, *, standard: bool, opset: int) -> list[Form]:
-    """What the call can be written in, what is tried first first.
-
-    Raises:
-        ExportError: nothing.
-    """
-    forms = [f for f in _every_form(call) if f.opset <= opset and (f.standard or not standard)]
-    if call.static is not None:
-        forms = [f for f in forms if f.name == "DequantizeLinear"]
-    if not forms:
-        raise ExportError(
-            f"{call.scheme.dtype} weights with {_activations(call)} have no form in operator set "
-            f"{opset}",
-            where=call.where,
-            fix="take operator set 21 or later",
-        )
-    return sorted(forms, key=lambda form: form.tier)
-
-
-def _activations(call: Call) -> str:
-    return "static activations" if call.static is not None else f"activations={call.activations!r}"
-
-
-def _every_form(call: Call) -> Iterator[Form]:
-    found = integers(call.weight)
-    if call.embedding:
-        if found is not None and call.dtype != torch.float64:
-            yield from nbits.rows(call, found)
-        yield decoded.rows()
-        return
-    if call.activations == "dynamic" and found is not None and not call.tied:
-        yield from dynamic.products(call, found)
-    if found is not None:
-        yield from nbits.products(call, found)
-    yield from decoded.products(call, found)
 
 
 @dataclass
@@ -130,10 +92,9 @@ class Chooser(fx.Interpreter):
             trials += [attempt(f, call, x, self.opset, own) for f in forms if f.tier == tier]
             if held := [t for t in trials if not t.fault]:
                 best = self._fastest(held)
-                others = [
-                    t for t in (*held, *trials) if t.form != best.form and (t in held or t.fault)
-                ]
-                return Choice(call, best.form, best.error, trials=[best, *others])
+                shown = [best, *(t for t in held if t.form != best.form)]
+                shown += [t for t in trials if t.fault]
+                return Choice(call, best.form, best.error, [t.released() for t in shown])
         raise _nothing_holds(call, trials)
 
     def _fastest(self, held: list[Trial]) -> Trial:
