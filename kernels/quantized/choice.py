@@ -1,13 +1,15 @@
 """Which path runs a call: the fastest on this machine, measured when a call of its kind first runs.
 
-Kinds of calls differ in their `paths.Case`, the number of threads, and the number of rows, rounded
+Kinds of calls differ in their `cases.Case`, the number of threads, and the number of rows, rounded
 up to a power of two. What was chosen is kept for the process. Other paths round otherwise than the
-definition: `using` fixes one where bits must repeat.
+definition: `using` fixes one where bits must repeat. Calls that a CUDA graph captures are not
+timed: what was chosen before is captured.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized.paths import PATHS, Case, Path, Stored, Weight, paths_for
+from graphopt.kernels.quantized.cases import Case
+from graphopt.kernels.quantized.gpu_timing import device_quartiles
+from graphopt.kernels.quantized.paths import PATHS, Path, Stored, Weight, paths_for
 from graphopt.kernels.quantized.rounding import quantize
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
@@ -52,9 +56,22 @@ def choose(case: Case, x: Tensor, weight: Weight) -> Path:
         return (fixed or can)[0]
     kind = (case, 1 << (len(x) - 1).bit_length(), torch.get_num_threads())
     if kind not in _chosen:
-        times = quartiles([partial(path.run, x, weight, None) for path in can])
+        if case.is_captured:
+            return _unmeasured(can, len(x))
+        measure = device_quartiles if case.device == "cuda" else quartiles
+        times = measure([partial(path.run, x, weight, None) for path in can])
         _chosen[kind] = can[times.index(min(times))]
     return _chosen[kind]
+
+
+def _unmeasured(can: list[Path], rows: int) -> Path:
+    warnings.warn(
+        f"a CUDA graph captures a quantized product of {rows} rows that ran with no such number "
+        "before: nothing can be timed now, and its definition is captured, which is slow. Run the "
+        "model once with these sizes before capture",
+        stacklevel=2,
+    )
+    return can[0]
 
 
 def quartiles(runs: list[Callable[[], object]]) -> list[float]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized import definition, integers, paths
+from graphopt.kernels.quantized import integers, paths
+from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.choice import choose
 from graphopt.kernels.quantized.int4pack import refusal
 from graphopt.kernels.quantized.scheme import Scheme
@@ -100,9 +101,7 @@ def _linear(
     width, scheme = _width(input), Scheme(bits, dtype, group_size, symmetric)
     weight = _weight(codes, scales, zeros, tensor_scale, width, scheme, layout)
     _check(input, bias, codes.shape[0], scheme, activations)
-    case = paths.Case(
-        scheme, layout, activations, input.dtype, input.device.type, codes.shape[0], width
-    )
+    case = Case(scheme, layout, activations, input.dtype, input.device.type, codes.shape[0], width)
     with torch.no_grad():
         rows = input.reshape(-1, width)
         made = choose(case, rows, weight).run(rows, weight, bias)
@@ -153,7 +152,7 @@ def _embedding(
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices are {indices.dtype}; they are int32 or int64")
     with torch.no_grad():
-        return definition.embedding(indices, weight, out_dtype)
+        return paths.embedding(indices, weight, out_dtype)
 
 
 def _fake_linear(

@@ -7,13 +7,14 @@ is made of it by `Path.prepare`, takes its place, and is of this machine alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized import definition, int4pack
+from graphopt.kernels.quantized import definition, gpu, int4pack
+from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
@@ -28,18 +29,6 @@ class Stored(NamedTuple):
 
 
 Weight = QuantizedWeight | Stored
-
-
-class Case(NamedTuple):
-    """What decides which paths can run a call, and which is fast."""
-
-    scheme: Scheme
-    layout: str
-    activations: str
-    dtype: torch.dtype
-    device: str
-    outputs: int
-    inputs: int
 
 
 class Path(NamedTuple):
@@ -108,25 +97,51 @@ def _unpacked(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, numbers, None if bias is None else bias.to(x.dtype))
 
 
+def _by_gpu(name: str) -> Path:
+    """A function of `triton_launch`, under its name."""
+    return Path(name, "plain", partial(gpu.takes, name), partial(gpu.run, name), _plain)
+
+
 PATHS = (
     Path("definition", "plain", _is_weight_only, definition.weight_only, _plain),
     Path("dynamic", "plain", _is_dynamic, definition.dynamic, _plain),
     Path("int8pack", "plain", _int8pack_takes, _int8pack, _plain),
     Path("int4pack", "int4pack", _int4pack_takes, _int4pack, int4pack.prepare),
     Path("unpacked", "int4pack", _unpacked_takes, _unpacked, int4pack.prepare),
+    *map(_by_gpu, gpu.NAMES),
 )
 """The first that takes a case is its definition; of the others that do, the fastest runs."""
+_found: dict[Case, list[Path]] = {}
 
 
-@cache
 def paths_for(case: Case) -> list[Path]:
-    """What can run a case."""
-    return [path for path in PATHS if path.layout == case.layout and path.takes(case)]
+    """What can run a case; its definition alone where a CUDA graph captures its first call."""
+    if case not in _found:
+        can = (path for path in PATHS if path.layout == case.layout and path.takes(case))
+        if case.is_captured:
+            return [next(can)]
+        _found[case] = list(can)
+    return _found[case]
+
+
+def _dequantizes(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+    """Whether a kernel can make numbers of the weight where it is."""
+    case = Case(weight.scheme, "plain", "none", dtype, weight.codes.device.type, *weight.shape)
+    return any(path.name == "dequantized" for path in paths_for(case))
+
+
+def embedding(indices: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight: ``(*indices.shape, K)``."""
+    if _dequantizes(weight, dtype):
+        return gpu.embedding(indices, weight, dtype)
+    return definition.embedding(indices, weight, dtype)
 
 
 def input_gradient(grad: Tensor, weight: Weight) -> Tensor:
     """``grad (M, N) @ W``, ``(M, K)``."""
     if isinstance(weight, QuantizedWeight):
+        if _dequantizes(weight, grad.dtype):
+            return gpu.run("input_gradient", grad, weight)
         return definition.input_gradient(grad, weight)
     numbers = int4pack.dequantize(weight.tensors, weight.scheme, weight.shape[1])
     return grad @ numbers.to(grad.dtype)

@@ -1,0 +1,271 @@
+"""How the Triton kernels are called, each with ``x (M, K)`` and a plain weight ``(N, K)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.kernels.quantized import tables
+from graphopt.kernels.quantized.packing import row_chunks
+from graphopt.kernels.quantized.triton_dynamic import dynamic, quantize_rows, rescale
+from graphopt.kernels.quantized.triton_scales import dequantize as _dequantize
+from graphopt.kernels.quantized.triton_unpack import raised
+from graphopt.kernels.quantized.triton_weight_only import add_spans
+from graphopt.kernels.quantized.triton_weight_only import weight_only as _weight_only
+from graphopt.kernels.quantized.weight import QuantizedWeight
+
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_PIECE = 1 << 25
+"""Numbers of a weight that are held at once, dequantized: 64 MiB in two bytes."""
+_TILE, _WAVES, _SPAN = 64, 4, 512
+"""Output channels of a tile, about; tiles for each multiprocessor; K of a span, at least."""
+_FLAT = 1024
+
+
+def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` in the dtype of x, float32, bfloat16 or float16; codes are read packed."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    kind = _KINDS[x.dtype]
+    scheme, stored = weight.scheme, _stored(weight)
+
+    def launch(out: Tensor, bias: Tensor | None, spans: int) -> None:
+        _weight_only[_grid(x, weight, spans)](
+            x,
+            stored["codes"],
+            stored["scales"],
+            stored["zeros"],
+            stored["outer"],
+            stored["table"],
+            bias,
+            out,
+            *_sizes(x, weight, stored["codes"]),
+            x.stride(0),
+            spans,
+            BITS=scheme.bits,
+            FORMAT=scheme.dtype,
+            KIND=kind,
+            GROUP=scheme.group_size or 0,
+            RAISED=raised(scheme.bits, scheme.dtype, kind),
+            PRECISION=_precision(),
+        )
+
+    return _in_spans(launch, x, weight, bias)
+
+
+def dynamic_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """The same with rows of x quantized; formats ``int`` and ``fp8``."""
+    scheme, codes = weight.scheme, weight.codes.contiguous()
+    q, q_scales = rows_quantized(x, scheme.dtype)
+    words = codes if scheme.bits == 8 else _words(codes)
+
+    def launch(out: Tensor, bias: Tensor | None, spans: int) -> None:
+        dynamic[_grid(x, weight, spans)](
+            q,
+            q_scales,
+            words,
+            weight.scales.contiguous(),
+            None if weight.zeros is None else weight.zeros.contiguous(),
+            bias,
+            out,
+            *_sizes(x, weight, words),
+            spans,
+            BITS=scheme.bits,
+            FORMAT=scheme.dtype,
+            GROUP=scheme.group_size or 0,
+        )
+
+    return _in_spans(launch, x, weight, bias)
+
+
+def rows_quantized(x: Tensor, dtype: str, rows: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes ``(M, K)`` and scales ``(M,)`` of ``x (M, K)``; zeros up to ``rows`` rows at least."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    count, width = x.shape
+    code = torch.float8_e4m3fn if dtype == "fp8" else torch.int8
+    held = max(count, rows)
+    make = torch.empty if held == count else torch.zeros
+    q = make((held, width), dtype=code, device=x.device)
+    scales = make((held,), dtype=torch.float32, device=x.device)
+    block = min(4096, 1 << (width - 1).bit_length())
+    if count:
+        with _on(x):
+            quantize_rows[(count,)](
+                x, q, scales, width, x.stride(0), FLOAT=dtype == "fp8", BLOCK=block
+            )
+    return q, scales
+
+
+def by_int_mm(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`dynamic_rows` for symmetric int8 by torch's own product, which wants more than 16 rows."""
+    q, q_scales = rows_quantized(x, "int", rows=32)
+    products = torch._int_mm(q, weight.codes.t())[: len(x)]
+    out = x.new_empty(products.shape)
+    if len(x):
+        with _on(x):
+            rescale[(-(-out.numel() // _FLAT),)](
+                products,
+                q_scales,
+                weight.scales.contiguous(),
+                bias,
+                out,
+                out.numel(),
+                out.shape[1],
+                BLOCK=_FLAT,
+            )
+    return out
+
+
+def by_scaled_mm(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`dynamic_rows` for E4M3 by torch's own product of rows and channels with scales."""
+    q, q_scales = rows_quantized(x, "fp8")
+    made = torch._scaled_mm(
+        q,
+        weight.codes.t(),
+        scale_a=q_scales[:, None],
+        scale_b=weight.scales.t().to(torch.float32).contiguous(),
+        out_dtype=x.dtype,
+        use_fast_accum=False,
+    )
+    return made if bias is None else made.add_(bias)
+
+
+def dequantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`weight_only` by torch's product with the numbers, made in pieces: for many rows."""
+    made = x.new_empty((len(x), weight.shape[0]))
+    bias = None if bias is None else bias.to(x.dtype)
+    for rows in row_chunks(*weight.shape, _PIECE):
+        part = numbers(weight.select(rows), x.dtype)
+        made[:, rows] = F.linear(x, part, None if bias is None else bias[rows])
+    return made
+
+
+def input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
+    """``grad (M, N) @ W``, ``(M, K)``: pieces summed in float32."""
+    pieces = list(row_chunks(*weight.shape, _PIECE))
+    if len(pieces) == 1:
+        return grad @ numbers(weight, grad.dtype)
+    made = grad.new_zeros((len(grad), weight.width), dtype=torch.float32)
+    for rows in pieces:
+        made += grad[:, rows] @ numbers(weight.select(rows), grad.dtype)
+    return made.to(grad.dtype)
+
+
+def numbers(weight: QuantizedWeight, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+    """The weight ``(N, K)``, or the listed rows of it ``(n,)``; NaN for one that is not there."""
+    scheme, stored = weight.scheme, _stored(weight)
+    count = weight.shape[0] if rows is None else len(rows)
+    out = torch.empty((count, weight.width), dtype=dtype, device=weight.codes.device)
+    if not out.numel():
+        return out
+    few, wide = 16, 256
+    with _on(out):
+        _dequantize[(-(-count // few), -(-weight.width // wide))](
+            stored["codes"],
+            stored["scales"],
+            stored["zeros"],
+            stored["outer"],
+            stored["table"],
+            rows,
+            out,
+            count,
+            *weight.shape,
+            stored["codes"].shape[1],
+            weight.scales.shape[1],
+            BITS=scheme.bits,
+            FORMAT=scheme.dtype,
+            GROUP=scheme.group_size or 0,
+            RAISED=raised(scheme.bits, scheme.dtype, "fp32"),
+            BLOCK_N=few,
+            BLOCK_K=wide,
+        )
+    return out
+
+
+def _in_spans(
+    launch: Callable[[Tensor, Tensor | None, int], None],
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+) -> Tensor:
+    """The result of a kernel, whole or as the sum of its parts in float32."""
+    out = x.new_empty((len(x), weight.shape[0]))
+    if not out.numel():
+        return out
+    spans = _spans(len(x), *weight.shape, x.device)
+    with _on(x):
+        if spans == 1:
+            launch(out, bias, 1)
+            return out
+        parts = x.new_empty((spans, *out.shape), dtype=torch.float32)
+        launch(parts, None, spans)
+        add_spans[(-(-out.numel() // _FLAT),)](
+            parts, bias, out, spans, out.numel(), out.shape[1], BLOCK=_FLAT
+        )
+    return out
+
+
+def _spans(rows: int, outputs: int, inputs: int, device: torch.device) -> int:
+    """Parts of K that are summed apart, where tiles of the result alone do not fill the GPU."""
+    if rows > 64:
+        return 1
+    tiles = -(-outputs // _TILE)
+    return max(1, min(_WAVES * _processors(device) // tiles, inputs // _SPAN, 8))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _grid(x: Tensor, weight: QuantizedWeight, spans: int) -> Callable[[Any], tuple[int, int, int]]:
+    """Neighbours have the same rows of x and follow each other along N."""
+    outputs = weight.shape[0]
+    return lambda c: (-(-outputs // c["BLOCK_N"]), -(-len(x) // c["BLOCK_M"]), spans)
+
+
+def _sizes(x: Tensor, weight: QuantizedWeight, words: Tensor) -> tuple[int, ...]:
+    """M, M rounded up to what is chosen for, N, K, words in a row, and groups."""
+    bucket = max(16, 1 << (len(x) - 1).bit_length())
+    return len(x), bucket, *weight.shape, words.shape[1], weight.scales.shape[1]
+
+
+def _stored(weight: QuantizedWeight) -> dict[str, Tensor | None]:
+    """What kernels read, contiguous, codes as words of 32 bits."""
+    device = weight.codes.device
+    zeros = weight.zeros
+    return {
+        "codes": _words(weight.codes),
+        "scales": weight.scales.contiguous(),
+        "zeros": None if zeros is None else zeros.contiguous(),
+        "outer": weight.tensor_scale,
+        "table": _table(device) if weight.scheme.dtype == "nf4" else None,
+    }
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Rows of int32; copied where they do not begin at a multiple of 16 bytes."""
+    codes = codes.contiguous().view(torch.uint8)
+    return (codes.clone() if codes.data_ptr() % 16 else codes).view(torch.int32)
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    return tables.table("nf4").to(device)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """The device that kernels are launched on."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+def _precision() -> str:
+    """Of float32 products: full, unless torch is told otherwise."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
