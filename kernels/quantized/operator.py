@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized import integers, paths
+from graphopt.kernels.quantized import gpu, integers, paths
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.choice import choose
 from graphopt.kernels.quantized.int4pack import refusal
@@ -102,7 +102,7 @@ def _linear(
     weight = _weight(codes, scales, zeros, tensor_scale, width, scheme, layout)
     _check(input, bias, codes.shape[0], scheme, activations)
     case = Case(scheme, layout, activations, input.dtype, input.device.type, codes.shape[0], width)
-    with torch.no_grad():
+    with torch.no_grad(), gpu.on(input):
         rows = input.reshape(-1, width)
         made = choose(case, rows, weight).run(rows, weight, bias)
     return made.view(*input.shape[:-1], codes.shape[0])
@@ -129,7 +129,7 @@ def _linear_backward(
 ) -> Tensor:
     scheme = Scheme(bits, dtype, group_size, symmetric)
     weight = _weight(codes, scales, zeros, tensor_scale, width, scheme, layout)
-    with torch.no_grad():
+    with torch.no_grad(), gpu.on(grad):
         made = paths.input_gradient(grad.reshape(-1, codes.shape[0]), weight)
     return made.view(*grad.shape[:-1], width)
 
@@ -151,7 +151,7 @@ def _embedding(
     weight = QuantizedWeight(scheme, width, codes, scales, zeros, tensor_scale)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices are {indices.dtype}; they are int32 or int64")
-    with torch.no_grad():
+    with torch.no_grad(), gpu.on(indices):
         return paths.embedding(indices, weight, out_dtype)
 
 

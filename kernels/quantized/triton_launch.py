@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.kernels.quantized import tables
+from graphopt.kernels.quantized.gpu import on
 from graphopt.kernels.quantized.packing import row_chunks
 from graphopt.kernels.quantized.triton_dynamic import dynamic, quantize_rows, rescale
 from graphopt.kernels.quantized.triton_scales import dequantize as _dequantize
-from graphopt.kernels.quantized.triton_unpack import raised
 from graphopt.kernels.quantized.triton_weight_only import add_spans
 from graphopt.kernels.quantized.triton_weight_only import weight_only as _weight_only
 from graphopt.kernels.quantized.weight import QuantizedWeight
@@ -51,7 +50,6 @@ def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
             FORMAT=scheme.dtype,
             KIND=kind,
             GROUP=scheme.group_size or 0,
-            RAISED=raised(scheme.bits, scheme.dtype, kind),
             PRECISION=_precision(),
         )
 
@@ -94,7 +92,7 @@ def rows_quantized(x: Tensor, dtype: str, rows: int = 0) -> tuple[Tensor, Tensor
     scales = make((held,), dtype=torch.float32, device=x.device)
     block = min(4096, 1 << (width - 1).bit_length())
     if count:
-        with _on(x):
+        with on(x):
             quantize_rows[(count,)](
                 x, q, scales, width, x.stride(0), FLOAT=dtype == "fp8", BLOCK=block
             )
@@ -107,7 +105,7 @@ def by_int_mm(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor
     products = torch._int_mm(q, weight.codes.t())[: len(x)]
     out = x.new_empty(products.shape)
     if len(x):
-        with _on(x):
+        with on(x):
             rescale[(-(-out.numel() // _FLAT),)](
                 products,
                 q_scales,
@@ -164,7 +162,7 @@ def numbers(weight: QuantizedWeight, dtype: torch.dtype, rows: Tensor | None = N
     if not out.numel():
         return out
     few, wide = 16, 256
-    with _on(out):
+    with on(out):
         _dequantize[(-(-count // few), -(-weight.width // wide))](
             stored["codes"],
             stored["scales"],
@@ -180,7 +178,6 @@ def numbers(weight: QuantizedWeight, dtype: torch.dtype, rows: Tensor | None = N
             BITS=scheme.bits,
             FORMAT=scheme.dtype,
             GROUP=scheme.group_size or 0,
-            RAISED=raised(scheme.bits, scheme.dtype, "fp32"),
             BLOCK_N=few,
             BLOCK_K=wide,
         )
@@ -198,7 +195,7 @@ def _in_spans(
     if not out.numel():
         return out
     spans = _spans(len(x), *weight.shape, x.device)
-    with _on(x):
+    with on(x):
         if spans == 1:
             launch(out, bias, 1)
             return out
@@ -259,11 +256,6 @@ def _words(codes: Tensor) -> Tensor:
 @cache
 def _table(device: torch.device) -> Tensor:
     return tables.table("nf4").to(device)
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    """The device that kernels are launched on."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def _precision() -> str:

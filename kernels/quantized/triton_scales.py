@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ARG001, N803, N806, RET505, SIM108 - constants are capital, branches constant
+# ruff: noqa: N803, N806, RET505, SIM108 - constants are capital, branches constant
 """Scales and zero points of a tile of a weight, and whole tiles of dequantized numbers."""
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ def dequantize(
     BITS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    RAISED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -104,7 +103,7 @@ def dequantize(
     scale, zero = spread_scales(
         scales, zeros, outer, row, groups, start, inputs, FORMAT, GROUP, BLOCK_N, BLOCK_K
     )
-    real = ((numbers.to(tl.float32) - RAISED) - zero) * scale
+    real = (numbers.to(tl.float32) - zero) * scale
     k = start + tl.arange(0, BLOCK_K)
     real = tl.where(exists[:, None], real, float("nan"))
     inside = (place < count)[:, None] & (k < inputs)[None, :]

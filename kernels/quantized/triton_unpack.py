@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ARG001, N803, N806, RET505, SIM108 - constants are capital, branches constant
+# ruff: noqa: N803, N806, RET505 - constants are capital, branches constant
 """Packed codes as tiles of numbers, for the kernels: read once, as words of 32 bits.
 
 The layout is `packing`'s, the plain one: a row of a weight lies along K, so that the words of a
@@ -10,7 +10,7 @@ taken from 24 bits, which lie in a word or across two.
 Integers below 8 bits become bfloat16 or float16 two at a time without a conversion: ``128 + code``
 is the bits ``0x4300 | code`` of bfloat16, and ``1024 + code`` is ``0x6400 | code`` of float16 (Kim
 et al. 2022, "Who Says Elephants Can't Run", section 3.3; Frantar et al. 2024, "MARLIN", section
-3.4). What that adds, `raised`, is taken off later.
+3.4). What that adds, and the offset of packed codes, is then taken off, exactly, two at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graphopt.kernels.quantized import triton_configs as configs
 
-def raised(bits: int, fmt: str, kind: str) -> int:
-    """What `tile` adds to the codes of ``int`` in numbers of a kind: bf16, fp16, fp32 or int8."""
-    if fmt != "int" or bits == 8 or kind == "int8":
-        return 0
-    return {"bf16": 128, "fp16": 1024, "fp32": 0}[kind] + (1 << bits - 1)
+_WIDENED = tl.constexpr(configs.INTERPRETED)
+"""The interpreter takes bfloat16 for integers: there, they become float32."""
 
 
 @triton.jit
@@ -112,18 +110,18 @@ def _sixteen(unit, table, BITS: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def _number(unit, place: tl.constexpr, table, BITS: tl.constexpr, MODE: tl.constexpr):
-    """The number at a place of each unit; raised ones of both its halves, side by side."""
+    """The number at a place of each unit; those of both its halves, side by side, in 16 bits."""
     field = (unit >> (BITS * place)) & ((1 << BITS) - 1)
     if MODE == "bf16":
-        return _halves(unit >> (BITS * place), 0x43004300, tl.bfloat16, BITS)
+        return _halves(unit >> (BITS * place), 0x43004300, 128, tl.bfloat16, BITS)
     elif MODE == "fp16":
-        return _halves(unit >> (BITS * place), 0x64006400, tl.float16, BITS)
+        return _halves(unit >> (BITS * place), 0x64006400, 1024, tl.float16, BITS)
     elif BITS == 8 and MODE != "fp8":
         return field.to(tl.uint8).to(tl.int8, bitcast=True)
     elif MODE == "int8":
         return field.to(tl.int8) - (1 << (BITS - 1))
     elif MODE == "int":
-        return field.to(tl.float32)
+        return field.to(tl.float32) - (1 << (BITS - 1))
     elif MODE == "fp8":
         return field.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     elif MODE == "nf4":
@@ -133,11 +131,14 @@ def _number(unit, place: tl.constexpr, table, BITS: tl.constexpr, MODE: tl.const
 
 
 @triton.jit
-def _halves(unit, ONE: tl.constexpr, NUMBER: tl.constexpr, BITS: tl.constexpr):
-    """The lowest code of either half, one operation of logic for both, as bits of 16."""
-    both = (unit & (((1 << BITS) - 1) * 0x10001)) | ONE
+def _halves(unit, BIT: tl.constexpr, ONE: tl.constexpr, NUMBER: tl.constexpr, BITS: tl.constexpr):
+    """The lowest code of either half: one operation for both makes ``ONE + code``."""
+    both = (unit & (((1 << BITS) - 1) * 0x10001)) | BIT
     low = both.to(tl.uint16).to(NUMBER, bitcast=True)
-    return tl.join(low, (both >> 16).to(tl.uint16).to(NUMBER, bitcast=True))
+    found = tl.join(low, (both >> 16).to(tl.uint16).to(NUMBER, bitcast=True))
+    if _WIDENED:
+        found = found.to(tl.float32)
+    return found - tl.full(found.shape, ONE + (1 << (BITS - 1)), found.dtype)
 
 
 @triton.jit

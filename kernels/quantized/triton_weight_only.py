@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ARG001, N803, N806, RET505, SIM108 - constants are capital, branches constant
+# ruff: noqa: ARG001, N803, N806, RET505 - constants are capital, branches constant
 """``y = x W^T + bias`` with a packed weight W ``(N, K)`` that is dequantized in the main loop.
 
 Frantar et al. 2024, "MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on Large Language
@@ -9,8 +9,8 @@ FLOPs: ``2 M N K``. Bytes: ``N K bits / 8`` of codes and ``2 N K / group`` of sc
 where ``M <= BLOCK_M``; x and y are small beside them. Bound: for few rows the bandwidth. N = 28672,
 K = 4096 in 4 bits and groups of 128 is 60.6 MB: 18.1 us at 3.35 TB/s (H100), 12.6 us at 4.8 TB/s
 (H200), where bfloat16 has 235 MB, 70 and 49 us. Instructions come close to it: at 4 for a code, 16
-us of an H100. From about ``M = 150 * bits / 8`` on the bound is the matrix rate (989 TFLOP/s), which
-a weight that is dequantized before gets nearer to: `triton_launch.dequantized`.
+us of an H100. From about ``M = 150 * bits / 8`` on the bound is the matrix rate (989 TFLOP/s), and
+a weight that is dequantized before gets nearer to it: `triton_launch.dequantized`.
 
 Where tiles of the result are fewer than what fills a GPU, K is cut into ``spans``; their parts are
 added by `add_spans`, in one order: the same bits every time.
@@ -65,7 +65,6 @@ def weight_only(
     FORMAT: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
-    RAISED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,49 +72,39 @@ def weight_only(
 ):
     """A tile of one span of the product: ``out (spans, M, N)``.
 
-    Scales multiply sums of products, ``s_g (sum x (c + r) - (r + z_g) sum x)`` of codes c raised by
-    r, where a step lies in one group and rows are few; else codes, before the product.
+    Scales multiply sums of products, ``scale_g (sum x code - zero_g sum x)``, where a step lies in
+    one group and rows are few; else codes, before the product.
     """
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, outputs - 1).to(tl.int64)
     x_at = x + tl.minimum(m, count - 1)[:, None] * x_row
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    summed = tl.zeros((BLOCK_M,), dtype=tl.float32)
     share = tl.cdiv(tl.cdiv(inputs, BLOCK_K), spans) * BLOCK_K
     first = tl.program_id(2) * share
+    BARE: tl.constexpr = GROUP == 0 and zeros is None
     AFTER: tl.constexpr = GROUP % BLOCK_K == 0 and BLOCK_M < 128
     for start in range(first, tl.minimum(first + share, inputs), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         left = tl.load(x_at + k[None, :], mask=(k < inputs)[None, :], other=0.0)
         numbers = tile(codes, row, row_words, start, table, BITS, FORMAT, KIND, BLOCK_N, BLOCK_K)
-        if GROUP == 0:
+        if BARE:
             total = _dot(left, numbers, total, PRECISION)
-            if RAISED != 0 or zeros is not None:
-                summed += tl.sum(left.to(tl.float32), 1)
         elif AFTER:
-            at = row * groups + start // GROUP
-            scale = load_scales(scales + at, None, outer, FORMAT)
+            at = row * groups + (start // GROUP if GROUP != 0 else 0)
             part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             part = _dot(left, numbers, part, PRECISION)
-            if RAISED != 0 or zeros is not None:
-                shift = tl.full((BLOCK_N,), RAISED, tl.float32)
-                if zeros is not None:
-                    shift += tl.load(zeros + at).to(tl.float32)
-                part -= tl.sum(left.to(tl.float32), 1)[:, None] * shift[None, :]
-            total += part * scale[None, :]
+            if zeros is not None:
+                zero = tl.load(zeros + at).to(tl.float32)
+                part -= tl.sum(left.to(tl.float32), 1)[:, None] * zero[None, :]
+            total += part * load_scales(scales + at, None, outer, FORMAT)[None, :]
         else:
             scale, zero = spread_scales(
                 scales, zeros, outer, row, groups, start, inputs, FORMAT, GROUP, BLOCK_N, BLOCK_K
             )
-            real = ((numbers.to(tl.float32) - RAISED) - zero) * scale
+            real = (numbers.to(tl.float32) - zero) * scale
             total = _dot(left, real, total, PRECISION)
-    if GROUP == 0:
-        if RAISED != 0 or zeros is not None:
-            shift = tl.full((BLOCK_N,), RAISED, tl.float32)
-            if zeros is not None:
-                shift += tl.load(zeros + row).to(tl.float32)
-            total -= summed[:, None] * shift[None, :]
+    if BARE:
         total *= load_scales(scales + row, None, outer, FORMAT)[None, :]
     if bias is not None:
         total += tl.load(bias + row).to(tl.float32)[None, :]
