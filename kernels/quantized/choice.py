@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.gpu_timing import device_quartiles
-from graphopt.kernels.quantized.paths import PATHS, Path, Stored, Weight, paths_for
+from graphopt.kernels.quantized.paths import PATHS, Path, Stored, Weight, is_tried, paths_for
 from graphopt.kernels.quantized.rounding import quantize
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
@@ -52,7 +52,7 @@ def choose(case: Case, x: Tensor, weight: Weight) -> Path:
     """The path for a call with rows ``x (M, K)``."""
     can = paths_for(case)
     fixed = [path for path in can if path.name == _fixed.get()]
-    if fixed or len(can) == 1 or not len(x):
+    if fixed or not len(x) or (len(can) == 1 and is_tried(case)):
         return (fixed or can)[0]
     kind = (case, 1 << (len(x) - 1).bit_length(), torch.get_num_threads())
     if kind not in _chosen:

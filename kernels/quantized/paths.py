@@ -114,6 +114,11 @@ PATHS = (
 _found: dict[Case, list[Path]] = {}
 
 
+def is_tried(case: Case) -> bool:
+    """Whether it is known what can run a case."""
+    return case in _found
+
+
 def paths_for(case: Case) -> list[Path]:
     """What can run a case; its definition alone where a CUDA graph captures its first call."""
     if case not in _found:

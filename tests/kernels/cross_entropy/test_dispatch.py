@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from graphopt.kernels.chunked_rows import dispatch
 @pytest.mark.parametrize("group", ["kin", "not kin"])
 def test_under_the_interpreter(group: str) -> None:
     pytest.importorskip("triton")
-    run_interpreted("dispatch_cases.py", group)
+    run_interpreted(Path(__file__).with_name("dispatch_cases.py"), group)
 
 
 def test_chunks_on_a_cpu() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cross_entropy.interpreting import scalars_of_one_number  # noqa: F401 - a fixture of all cases
+from interpreting import scalars_of_one_number  # noqa: F401 - a fixture of all cases
 from quantized_cases import SCHEMES, name
 from torch import Tensor
 
@@ -206,7 +206,7 @@ def test_dequantized_and_gradients(pieces: bool, monkeypatch: pytest.MonkeyPatch
     with using("dequantized"):
         found = linear(x, weight, bias)
     numbers = weight.dequantize(torch.float64)
-    assert off(found, x.detach().double() @ numbers.t() + bias) < 1e-6
+    assert off(found.detach(), x.detach().double() @ numbers.t() + bias) < 1e-6
     (slope,) = torch.autograd.grad(found.square().sum(), x)
     assert off(slope, 2 * found.detach().double() @ numbers) < 1e-6
 

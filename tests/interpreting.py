@@ -17,15 +17,15 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-def run_interpreted(cases: str, group: str) -> None:
-    """Run the cases of a file here whose names fit an expression of pytest's ``-k``."""
+def run_interpreted(cases: Path, group: str) -> None:
+    """Run the cases of a file whose names fit an expression of pytest's ``-k``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
-    places = os.pathsep.join(filter(None, [str(HERE.parent), kept.get("PYTHONPATH")]))
+    places = os.pathsep.join(filter(None, [str(HERE / "kernels"), kept.get("PYTHONPATH")]))
     added = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE / cases), "-k", group, "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(cases), "-k", group, "-p", "no:cacheprovider"],
         env=kept | added,
-        cwd=HERE.parents[2],
+        cwd=HERE.parent,
         capture_output=True,
         text=True,
         check=False,
