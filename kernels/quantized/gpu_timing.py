@@ -19,10 +19,7 @@ def device_quartiles(runs: list[Callable[[], object]]) -> list[float]:
     A layer's weight is not in L2 when the layer's turn comes; one that is timed again and again
     would be. Runs far slower than the fastest are timed once.
     """
-    device = torch.cuda.current_device()
-    other = torch.empty(
-        2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device="cuda"
-    )
+    other = beside()
     for run in runs:
         run()
     seconds: list[list[float]] = [[] for _ in runs]
@@ -30,11 +27,18 @@ def device_quartiles(runs: list[Callable[[], object]]) -> list[float]:
         fastest = min((min(taken) for taken in seconds if taken), default=math.inf)
         for run, taken in zip(runs, seconds, strict=True):
             if not taken or min(taken) < _SLOW * fastest:
-                taken.append(_seconds(run, other))
+                taken.append(device_seconds(run, other))
     return [sorted(taken)[len(taken) // 4] for taken in seconds]
 
 
-def _seconds(run: Callable[[], object], other: torch.Tensor) -> float:
+def beside() -> torch.Tensor:
+    """Memory that fills the current GPU's L2 when it is written."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+
+
+def device_seconds(run: Callable[[], object], other: torch.Tensor) -> float:
+    """Of one run, after ``other``, which `beside` gave, is written."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     other.zero_()
     torch.cuda._sleep(_AHEAD)

@@ -45,6 +45,7 @@ DYNAMIC = [
     _tile(16, 64, 128, 4, 4),
     _tile(16, 32, 256, 4, 4),
     _tile(16, 64, 64, 4, 5),
+    _tile(64, 32, 128, 4, 5),
     _tile(64, 64, 128, 4, 4),
     _tile(64, 128, 64, 4, 4),
     _tile(128, 128, 128, 4, 3),
@@ -69,9 +70,11 @@ def fitting(found: list[Config], named: dict[str, Any], **others: Any) -> list[C
 
 
 def fitting_groups(found: list[Config], named: dict[str, Any], **others: Any) -> list[Config]:
-    """Dynamic: steps lie in one group."""
+    """Dynamic: steps lie in one group. Products of E4M3 on Hopper are of 64 rows at least."""
     group = others["GROUP"]
-    return _for_rows([c for c in found if group % c.kwargs["BLOCK_K"] == 0], named["bucket"])
+    fit = [c for c in found if group % c.kwargs["BLOCK_K"] == 0]
+    rows = max(named["bucket"], 64) if others["FORMAT"] == "fp8" else named["bucket"]
+    return _for_rows(fit, rows)
 
 
 def _for_rows(found: list[Config], rows: int) -> list[Config]:

@@ -18,6 +18,7 @@ from graphopt.kernels.quantized import (
     chosen,
     definition,
     gpu,
+    gpu_timing,
     paths,
     quantize,
     trials,
@@ -171,3 +172,19 @@ def test_what_a_cuda_graph_captures_was_chosen_before(monkeypatch: pytest.Monkey
         assert choice.choose(FOUR, x.repeat(20, 1), weight).name == "definition"
     with choice.using("dequantized"):
         assert choice.choose(FOUR, x.repeat(20, 1), weight).name == "dequantized"
+
+
+def test_slow_runs_are_timed_once_and_others_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    seconds = {"slow": 9.0, "good": 1.0, "best": 0.9}
+
+    def timed(run: Callable[[], object], _: None) -> float:
+        run()
+        return seconds[seen[-1]]
+
+    monkeypatch.setattr(gpu_timing, "beside", lambda: None)
+    monkeypatch.setattr(gpu_timing, "device_seconds", timed)
+    runs = [lambda n=n: seen.append(n) for n in seconds]
+    assert gpu_timing.device_quartiles(runs) == list(seconds.values())
+    assert seen[:6] == 2 * list(seconds)
+    assert seen[6:] == 6 * ["good", "best"]

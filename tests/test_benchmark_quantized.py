@@ -1,0 +1,62 @@
+"""The script that benchmarks quantized products on a GPU runs, as far as a CPU can."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import quantized_gpu
+from benchmarks.quantized_gpu import FOUR, LAYERS, SETUPS, Setup, measured
+from graphopt.kernels.quantized import Scheme
+
+CEILINGS = {"bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "int": 1e12}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_gpu, "ROUNDS", 1)
+    monkeypatch.setattr(quantized_gpu, "WARM", 0)
+    monkeypatch.setattr(quantized_gpu, "LARGE", 64)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "activations", "limit"),
+    [(FOUR, "none", 0.12), (Scheme(8, "fp8"), "dynamic", 0.05), (Scheme(), "dynamic", 0.02)],
+)
+def test_every_peer_gives_figures_or_an_error(
+    scheme: Scheme, activations: str, limit: float
+) -> None:
+    setup = Setup(20, 48, 256, scheme, activations)
+    found = measured(setup, torch.device("cpu"), CEILINGS)
+    json.dumps(found)
+    rows = {name: row for name, row in found.items() if isinstance(row, dict)}
+    assert {"F.linear, bf16", "graphopt", "torchao"} <= rows.keys()
+    for name in ("F.linear, bf16", "graphopt"):
+        assert rows[name]["off"] < limit and rows[name]["median_us"] > 0
+    assert rows["F.linear, bf16"]["over_bf16"] == 1.0
+    assert any(name.startswith("graphopt, ") for name in rows)
+
+
+def test_bounds_are_bytes_for_few_rows_and_operations_for_many() -> None:
+    few, many = Setup(1, 48, 256), Setup(4096, 48, 256)
+    weight = quantized_gpu._quantized(torch.randn(48, 256), FOUR)
+    stored = 48 * 128 + 2 * 48 * 2
+    for setup in (few, many):
+        x = torch.empty(setup.rows, 256, dtype=torch.bfloat16)
+        moved = stored + 2 * setup.rows * (256 + 48)
+        made = quantized_gpu._bound(setup, x, weight, CEILINGS | {"bf16": 1e30})
+        assert made == pytest.approx(moved / 1e9)
+        made = quantized_gpu._bound(setup, x, weight, CEILINGS | {"bandwidth": 1e30})
+        assert made == pytest.approx(2 * setup.rows * 48 * 256 / 1e12)
+
+
+def test_setups_are_what_is_asked() -> None:
+    assert len(SETUPS) == len({setup.name for setup in SETUPS}) == 6 * len(LAYERS)
+    assert quantized_gpu._rate("bf16", torch.device("cpu")) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs there")
+def test_without_a_gpu_it_is_skipped() -> None:
+    assert quantized_gpu.run(None) == {"skipped": "no CUDA device"}
