@@ -7,21 +7,33 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.kernels.quantized import tables
 from graphopt.kernels.quantized.gpu import on
-from graphopt.kernels.quantized.packing import row_chunks
 from graphopt.kernels.quantized.triton_dynamic import dynamic, quantize_rows, rescale
-from graphopt.kernels.quantized.triton_scales import dequantize as _dequantize
+from graphopt.kernels.quantized.triton_numbers import (
+    dequantized,
+    input_gradient,
+    numbers,
+    stored,
+    words,
+)
 from graphopt.kernels.quantized.triton_weight_only import add_spans
 from graphopt.kernels.quantized.triton_weight_only import weight_only as _weight_only
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
+__all__ = [
+    "by_int_mm",
+    "by_scaled_mm",
+    "dequantized",
+    "dynamic_rows",
+    "input_gradient",
+    "numbers",
+    "rows_quantized",
+    "weight_only",
+]
+
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_PIECE = 1 << 25
-"""Numbers of a weight that are held at once, dequantized: 64 MiB in two bytes."""
 _TILE, _WAVES, _SPAN = 64, 4, 512
 """Output channels of a tile, about; tiles for each multiprocessor; K of a span, at least."""
 _FLAT = 1024
@@ -31,19 +43,15 @@ def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     """``x @ W.T + bias`` in the dtype of x, float32, bfloat16 or float16; codes are read packed."""
     x = x if x.stride(1) == 1 else x.contiguous()
     kind = _KINDS[x.dtype]
-    scheme, stored = weight.scheme, _stored(weight)
+    scheme, read = weight.scheme, stored(weight)
 
     def launch(out: Tensor, bias: Tensor | None, spans: int) -> None:
         _weight_only[_grid(x, weight, spans)](
             x,
-            stored["codes"],
-            stored["scales"],
-            stored["zeros"],
-            stored["outer"],
-            stored["table"],
+            *read,
             bias,
             out,
-            *_sizes(x, weight, stored["codes"]),
+            *_sizes(x, weight),
             x.stride(0),
             spans,
             BITS=scheme.bits,
@@ -60,18 +68,18 @@ def dynamic_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Ten
     """The same with rows of x quantized; formats ``int`` and ``fp8``."""
     scheme, codes = weight.scheme, weight.codes.contiguous()
     q, q_scales = rows_quantized(x, scheme.dtype)
-    words = codes if scheme.bits == 8 else _words(codes)
+    read = codes if scheme.bits == 8 else words(codes)
 
     def launch(out: Tensor, bias: Tensor | None, spans: int) -> None:
         dynamic[_grid(x, weight, spans)](
             q,
             q_scales,
-            words,
+            read,
             weight.scales.contiguous(),
             None if weight.zeros is None else weight.zeros.contiguous(),
             bias,
             out,
-            *_sizes(x, weight, words),
+            *_sizes(x, weight),
             spans,
             BITS=scheme.bits,
             FORMAT=scheme.dtype,
@@ -133,57 +141,6 @@ def by_scaled_mm(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Ten
     return made if bias is None else made.add_(bias)
 
 
-def dequantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """`weight_only` by torch's product with the numbers, made in pieces: for many rows."""
-    made = x.new_empty((len(x), weight.shape[0]))
-    bias = None if bias is None else bias.to(x.dtype)
-    for rows in row_chunks(*weight.shape, _PIECE):
-        part = numbers(weight.select(rows), x.dtype)
-        made[:, rows] = F.linear(x, part, None if bias is None else bias[rows])
-    return made
-
-
-def input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
-    """``grad (M, N) @ W``, ``(M, K)``: pieces summed in float32."""
-    pieces = list(row_chunks(*weight.shape, _PIECE))
-    if len(pieces) == 1:
-        return grad @ numbers(weight, grad.dtype)
-    made = grad.new_zeros((len(grad), weight.width), dtype=torch.float32)
-    for rows in pieces:
-        made += grad[:, rows] @ numbers(weight.select(rows), grad.dtype)
-    return made.to(grad.dtype)
-
-
-def numbers(weight: QuantizedWeight, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-    """The weight ``(N, K)``, or the listed rows of it ``(n,)``; NaN for one that is not there."""
-    scheme, stored = weight.scheme, _stored(weight)
-    count = weight.shape[0] if rows is None else len(rows)
-    out = torch.empty((count, weight.width), dtype=dtype, device=weight.codes.device)
-    if not out.numel():
-        return out
-    few, wide = 16, 256
-    with on(out):
-        _dequantize[(-(-count // few), -(-weight.width // wide))](
-            stored["codes"],
-            stored["scales"],
-            stored["zeros"],
-            stored["outer"],
-            stored["table"],
-            rows,
-            out,
-            count,
-            *weight.shape,
-            stored["codes"].shape[1],
-            weight.scales.shape[1],
-            BITS=scheme.bits,
-            FORMAT=scheme.dtype,
-            GROUP=scheme.group_size or 0,
-            BLOCK_N=few,
-            BLOCK_K=wide,
-        )
-    return out
-
-
 def _in_spans(
     launch: Callable[[Tensor, Tensor | None, int], None],
     x: Tensor,
@@ -228,34 +185,11 @@ def _grid(x: Tensor, weight: QuantizedWeight, spans: int) -> Callable[[Any], tup
     return lambda c: (-(-outputs // c["BLOCK_N"]), -(-len(x) // c["BLOCK_M"]), spans)
 
 
-def _sizes(x: Tensor, weight: QuantizedWeight, words: Tensor) -> tuple[int, ...]:
+def _sizes(x: Tensor, weight: QuantizedWeight) -> tuple[int, ...]:
     """M, M rounded up to what is chosen for, N, K, words in a row, and groups."""
     bucket = max(16, 1 << (len(x) - 1).bit_length())
-    return len(x), bucket, *weight.shape, words.shape[1], weight.scales.shape[1]
-
-
-def _stored(weight: QuantizedWeight) -> dict[str, Tensor | None]:
-    """What kernels read, contiguous, codes as words of 32 bits."""
-    device = weight.codes.device
-    zeros = weight.zeros
-    return {
-        "codes": _words(weight.codes),
-        "scales": weight.scales.contiguous(),
-        "zeros": None if zeros is None else zeros.contiguous(),
-        "outer": weight.tensor_scale,
-        "table": _table(device) if weight.scheme.dtype == "nf4" else None,
-    }
-
-
-def _words(codes: Tensor) -> Tensor:
-    """Rows of int32; copied where they do not begin at a multiple of 16 bytes."""
-    codes = codes.contiguous().view(torch.uint8)
-    return (codes.clone() if codes.data_ptr() % 16 else codes).view(torch.int32)
-
-
-@cache
-def _table(device: torch.device) -> Tensor:
-    return tables.table("nf4").to(device)
+    row_words = weight.scheme.row_codes(weight.width) // 4
+    return len(x), bucket, *weight.shape, row_words, weight.scales.shape[1]
 
 
 def _precision() -> str:
