@@ -20,6 +20,10 @@ What emission may rely on:
   Embeddings read plain tensors only, so what a tied head shares stays plain.
 * ``choice.choose_layout`` says by measurement which layout is fastest for a number of rows. Within
   a layout the operator chooses the path, by measurement when a kind of call first runs.
+* On a GPU the layout is plain. Paths there are Triton kernels (`triton_launch`) and torch's own
+  products; each is tried against the definition before it is used (`trials`), and a warning names
+  what is left out. A CUDA graph captures what was chosen before: run the model once with the same
+  sizes first. A first call compiles and chooses tiles, which can take a minute.
 * Paths hold to `definition` within the rounding of the input's dtype; ``"int4pack"`` also rounds
   scales to bfloat16. Integer products are exact on all of them (`integers`).
 * The result has the dtype of the input, under autocast that of autocast. Gradients are those of the
