@@ -58,10 +58,27 @@ def choose(case: Case, x: Tensor, weight: Weight) -> Path:
     if kind not in _chosen:
         if case.is_captured:
             return _unmeasured(can, len(x))
-        measure = device_quartiles if case.device == "cuda" else quartiles
+        on_gpu = case.device == "cuda"
+        can, measure = (_able(can, x, weight), device_quartiles) if on_gpu else (can, quartiles)
         times = measure([partial(path.run, x, weight, None) for path in can])
         _chosen[kind] = can[times.index(min(times))]
     return _chosen[kind]
+
+
+def _able(can: list[Path], x: Tensor, weight: Weight) -> list[Path]:
+    """The definition, and what runs these sizes too: tiles for them may not compile, or not fit."""
+    able = can[:1]
+    for path in can[1:]:
+        try:
+            path.run(x, weight, None)
+            able.append(path)
+        except Exception as error:  # whatever it is, something else runs instead
+            warnings.warn(
+                f"quantized products of {len(x)} rows and a weight {tuple(weight.shape)} run "
+                f"without {path.name!r}: {type(error).__name__}: {error}"[:400],
+                stacklevel=3,
+            )
+    return able
 
 
 def _unmeasured(can: list[Path], rows: int) -> Path:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TILE, _WAVES, _SPAN = 64, 4, 512
+_TILE, _WAVES, _SPAN = 64, 4, 1024
 """Output channels of a tile, about; tiles for each multiprocessor; K of a span, at least."""
 _FLAT = 1024
 

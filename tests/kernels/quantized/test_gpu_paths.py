@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,14 +150,34 @@ def test_nothing_is_taken_on_a_cpu() -> None:
 def test_calls_on_a_gpu_are_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = quantize(torch.randn(64, 96), FOUR.scheme), torch.randn(5, 96).bfloat16()
     monkeypatch.setattr(choice, "quartiles", None)
+    monkeypatch.setattr(choice, "_able", lambda can, *_: can)
     monkeypatch.setattr(choice, "device_quartiles", lambda runs: [3.0, 1.0, 2.0][: len(runs)])
     assert choice.choose(FOUR, x, weight).name == "weight_only"
     assert [kind[1] for kind in chosen()] == [8]
 
 
 @pytest.mark.usefixtures("hopper")
+def test_what_fails_for_some_sizes_is_left_out_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, x: Tensor, *_: Any) -> Tensor:
+        if len(x) == 1 and name == "weight_only":
+            raise RuntimeError("out of shared memory")
+        return x
+
+    weight, x = quantize(torch.randn(64, 96), FOUR.scheme), torch.randn(5, 96).bfloat16()
+    fast = partial(run, "weight_only"), partial(run, "dequantized")
+    plain = [*paths.paths_for(FOUR)]
+    plain[1:] = [path._replace(run=r) for path, r in zip(plain[1:], fast, strict=True)]
+    monkeypatch.setitem(paths._found, FOUR, plain)
+    monkeypatch.setattr(choice, "device_quartiles", lambda runs: [3.0, 1.0, 2.0][: len(runs)])
+    with pytest.warns(UserWarning, match="1 rows .*'weight_only': RuntimeError: out of shared"):
+        assert choice.choose(FOUR, x[:1], weight).name == "dequantized"
+    assert choice.choose(FOUR, x, weight).name == "weight_only"
+
+
+@pytest.mark.usefixtures("hopper")
 def test_what_a_cuda_graph_captures_was_chosen_before(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = quantize(torch.randn(64, 96), FOUR.scheme), torch.randn(5, 96).bfloat16()
+    monkeypatch.setattr(choice, "_able", lambda can, *_: can)
     monkeypatch.setattr(choice, "device_quartiles", lambda runs: [3.0, 1.0, 2.0][: len(runs)])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(gpu, "is_right", None)  # would launch
