@@ -20,44 +20,43 @@ FEW = 16
 """Rows of a decoding step: those that one tile of the smallest tensor instruction has."""
 
 
-def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
 WEIGHT_ONLY = [
-    _tile(16, 32, 128, 4, 5),
-    _tile(16, 64, 128, 4, 4),
-    _tile(16, 128, 128, 4, 3),
-    _tile(16, 32, 64, 4, 5),
-    _tile(16, 64, 64, 4, 5),
-    _tile(16, 128, 64, 4, 4),
-    _tile(32, 128, 64, 4, 4),
-    _tile(64, 64, 64, 4, 4),
-    _tile(64, 128, 64, 4, 3),
-    _tile(128, 128, 64, 8, 3),
-    _tile(128, 256, 64, 8, 3),
+    tile(16, 32, 128, 4, 5),
+    tile(16, 64, 128, 4, 4),
+    tile(16, 128, 128, 4, 3),
+    tile(16, 32, 64, 4, 5),
+    tile(16, 64, 64, 4, 5),
+    tile(16, 128, 64, 4, 4),
+    tile(32, 128, 64, 4, 4),
+    tile(64, 64, 64, 4, 4),
+    tile(64, 128, 64, 4, 3),
+    tile(128, 128, 64, 8, 3),
+    tile(128, 256, 64, 8, 3),
 ]
-FULL = [_tile(16, 32, 32, 4, 2), _tile(64, 64, 32, 8, 2)]
+FULL = [tile(16, 32, 32, 4, 2), tile(64, 64, 32, 8, 2)]
 """Of float32, products of which are not made by tensor instructions."""
 DYNAMIC = [
-    _tile(16, 32, 128, 4, 5),
-    _tile(16, 64, 128, 4, 4),
-    _tile(16, 32, 256, 4, 4),
-    _tile(16, 64, 64, 4, 5),
-    _tile(64, 32, 128, 4, 5),
-    _tile(64, 64, 128, 4, 4),
-    _tile(64, 128, 64, 4, 4),
-    _tile(128, 128, 128, 4, 3),
-    _tile(128, 128, 128, 8, 4),
-    _tile(128, 256, 64, 8, 4),
-    _tile(128, 256, 128, 8, 3),
-    _tile(64, 128, 32, 4, 4),
+    tile(16, 32, 128, 4, 5),
+    tile(16, 64, 128, 4, 4),
+    tile(16, 32, 256, 4, 4),
+    tile(16, 64, 64, 4, 5),
+    tile(64, 32, 128, 4, 5),
+    tile(64, 64, 128, 4, 4),
+    tile(64, 128, 64, 4, 4),
+    tile(128, 128, 128, 4, 3),
+    tile(128, 128, 128, 8, 4),
+    tile(128, 256, 64, 8, 4),
+    tile(128, 256, 128, 8, 3),
+    tile(64, 128, 32, 4, 4),
 ]
 if INTERPRETED:
-    WEIGHT_ONLY = [_tile(16, 32, 64, 4, 1), _tile(64, 32, 32, 4, 1)]
-    FULL = WEIGHT_ONLY
-    DYNAMIC = [_tile(16, 32, 64, 4, 1), _tile(64, 32, 32, 4, 1)]
+    WEIGHT_ONLY = FULL = [tile(16, 32, 64, 4, 1)]
+    DYNAMIC = [tile(16, 32, 32, 4, 1)]
 
 
 def fitting(found: list[Config], named: dict[str, Any], **others: Any) -> list[Config]:

@@ -23,8 +23,11 @@ from graphopt.kernels.quantized import (
     linear,
     paths,
     quantize,
+    triton_configs,
+    triton_dynamic,
     triton_launch,
     triton_numbers,
+    triton_weight_only,
     using,
 )
 from graphopt.kernels.quantized.autograd import quantized_linear
@@ -135,6 +138,24 @@ def test_spans_of_inputs_are_summed(spans: int, monkeypatch: pytest.MonkeyPatch)
         for dtype in LIMITS:
             x, bias = torch.randn(5, weight.width).to(dtype), torch.randn(37).to(dtype)
             with using("weight_only" if how == "none" else "dynamic_rows"):
+                assert_close(linear(x, weight, bias, how), x, weight, bias, how)
+
+
+@pytest.mark.parametrize("sizes", [(64, 32, 32), (128, 16, 64), (16, 64, 128)], ids=str)
+def test_other_tiles(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many rows, where codes are scaled before the product; of one group a step, or several."""
+    chosen = [triton_configs.tile(*sizes, 4, 1)]
+    monkeypatch.setattr(triton_weight_only.weight_only, "configs", chosen)
+    monkeypatch.setattr(triton_dynamic.dynamic, "configs", chosen)
+    for scheme in (
+        Scheme(4, group_size=128, symmetric=False),
+        Scheme(3, symmetric=False),
+        Scheme(),
+    ):
+        weight = made(scheme)
+        x, bias = torch.randn(40, weight.width), torch.randn(37)
+        for path, how in (("weight_only", "none"), ("dynamic_rows", "dynamic")):
+            with using(path):
                 assert_close(linear(x, weight, bias, how), x, weight, bias, how)
 
 
