@@ -125,6 +125,8 @@ class Program:
         notes: sentences about the capture that a user should read.
         relied: names of state whose values the rewrites so far have used.
         read: names of state whose values were looked at since this was last cleared.
+        origins: name of state that a rewrite made -> the tensors of the model that it was computed
+            from: their names, and their shapes.
     """
 
     graph_module: fx.GraphModule
@@ -142,6 +144,7 @@ class Program:
     notes: list[str] = field(default_factory=list)
     relied: frozenset[str] = frozenset()
     read: set[str] = field(default_factory=set)
+    origins: dict[str, Mapping[str, torch.Size]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -230,8 +233,22 @@ class Program:
         self.read.add(entry.target)
         return self.state[entry.target]
 
-    def add_state(self, name: str, value: Tensor, meta: Any) -> fx.Node:
-        """Add a tensor under ``name`` (made unique) and return its placeholder."""
+    def sources(self, node: fx.Node) -> Mapping[str, torch.Size]:
+        """The tensors of the model behind a state placeholder: names, tied ones too, and shapes."""
+        target = self.target_of(node)
+        if target is None:
+            return {}
+        if target in self.origins:
+            return self.origins[target]
+        held = self.state[target]
+        return {name: held.shape for name, tensor in self.state.items() if tensor is held}
+
+    def add_state(self, name: str, value: Tensor, meta: Any, of: Iterable[fx.Node] = ()) -> fx.Node:
+        """Add a tensor under ``name`` (made unique) and return its placeholder.
+
+        Args:
+            of: state that it was computed from.
+        """
         unique, count = name, 1
         while unique in self.state:
             unique, count = f"{name}_{count}", count + 1
@@ -239,6 +256,7 @@ class Program:
         with self.graph.inserting_before():
             node = self.graph.placeholder("s_" + unique.replace(".", "_"))
         node.meta["val"] = meta
+        self.origins[unique] = {k: v for source in of for k, v in self.sources(source).items()}
         self.state[unique] = value
         self.inputs[node.name] = ProgramInput(node.name, kind, unique)
         return node
@@ -258,14 +276,18 @@ class Program:
         self._erase(unused)
         removed = [t for t, value in self.state.items() if id(value) in dead]
         for target in removed:
-            del self.state[target]
+            self._forget(target)
         return removed
 
     def drop_state_of(self, nodes: Iterable[fx.Node]) -> None:
         """Remove those of the given state placeholders that nothing reads, and their tensors."""
         for node in [n for n in nodes if not n.users]:
-            del self.state[self.inputs[node.name].target or ""]
+            self._forget(self.inputs[node.name].target or "")
             self._erase([node])
+
+    def _forget(self, name: str) -> None:
+        del self.state[name]
+        self.origins.pop(name, None)
 
     def _erase(self, placeholders: Iterable[fx.Node]) -> None:
         for node in placeholders:
@@ -287,6 +309,7 @@ class Program:
             state=dict(self.state),
             notes=list(self.notes),
             read=set(),
+            origins=dict(self.origins),
         )
 
     def run(

@@ -72,7 +72,8 @@ class FoldCone(Rule):
         piece = extract(match.program, [match.root], set(match.nodes))
         with torch.no_grad():
             (value,) = piece.module(*map(match.program.tensor, piece.sources))
-        return build.state(_name(match.root, piece.state, match.program), value.clone())
+        name = _name(match.root, piece.state, match.program)
+        return build.state(name, value.clone(), piece.sources)
 
     def examples(self) -> Iterable[Example]:
         yield _wrapped("weight norm", lambda: parametrizations.weight_norm(nn.Linear(8, 8)))

@@ -79,10 +79,14 @@ class Builder:
         zeros = torch.zeros(fake.shape[dim], dtype=fake.dtype, device=fake.device)
         return self.state(f"{self._base_name(like)}_zeros", zeros)
 
-    def state(self, name: str, value: Tensor) -> fx.Node:
-        """Add a constant tensor under a name derived from ``name``."""
+    def state(self, name: str, value: Tensor, of: Sequence[fx.Node] = ()) -> fx.Node:
+        """Add a constant tensor under a name derived from ``name``.
+
+        Args:
+            of: state that it was computed from: names that users know it by.
+        """
         meta = self.fake_mode.from_tensor(value.detach(), static_shapes=True)
-        node = self.program.add_state(name, value, meta)
+        node = self.program.add_state(name, value, meta, of)
         node.meta["rewritten_by"] = (self.rule,)
         return node
 
@@ -135,9 +139,9 @@ class Builder:
         wide = fx.node.map_arg((args, kwargs), self._wide)
         with torch.no_grad():
             exact = target(*wide[0], **{k: _widen_dtype(v) for k, v in wide[1].items()})
-        first = next(n for n in fx_nodes((args, kwargs)))
-        name = f"{self._base_name(first)}_folded"
-        node = self.state(name, exact.to(meta.dtype).contiguous())
+        sources = fx_nodes((args, kwargs))
+        name = f"{self._base_name(sources[0])}_folded"
+        node = self.state(name, exact.to(meta.dtype).contiguous(), sources)
         self.folded[node] = exact
         return node
 

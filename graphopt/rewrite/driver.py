@@ -108,7 +108,11 @@ def _round(program: Program, rules: Sequence[Rule], banned: Collection[Key], log
             continue
         if not touched.isdisjoint(_bound_nodes(match)):
             continue
-        refusal = legality(match, order) or rule.check(match) or _apply(program, rule, match, log)
+        refusal = (
+            legality(match, order, rule.apart)
+            or rule.check(match)
+            or _apply(program, rule, match, log)
+        )
         if refusal is not None:
             log.miss(rule, refusal, match)
             continue
@@ -129,7 +133,7 @@ def _find(rule: Rule, program: Program) -> Iterator[tuple[Rule, Candidate, froze
         program.read.clear()
 
 
-def legality(match: Match, order: Mapping[fx.Node, int]) -> Refusal | None:
+def legality(match: Match, order: Mapping[fx.Node, int], apart: bool = False) -> Refusal | None:
     """Values the rewrite would remove must not be needed elsewhere, and no cycle may arise."""
     inside = set(match.nodes)
     for node in match.nodes:
@@ -138,7 +142,7 @@ def legality(match: Match, order: Mapping[fx.Node, int]) -> Refusal | None:
         outside = next((user for user in node.users if user not in inside), None)
         if outside is not None:
             return Refusal(_escape_reason(match.program, node, outside), node)
-    return _cycle(match, order) if len(match.roots) > 1 else None
+    return _cycle(match, order) if len(match.roots) > 1 and not apart else None
 
 
 def _escape_reason(program: Program, node: fx.Node, user: fx.Node) -> str:

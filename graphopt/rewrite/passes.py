@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -140,10 +141,10 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None, where: str = 
 
 
 def parse_pass(text: str) -> Pass:
-    """``NAME`` or ``NAME:key=value,key=value``; values are YAML scalars."""
+    """``NAME`` or ``NAME:key=value,key=value``; values are YAML scalars, or lists ``[a,b]``."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
+    for item in filter(None, _BETWEEN.split(rest)):
         key, equals, value = item.partition("=")
         if not equals:
             raise RecipeError(f"expected key=value, found {item!r}", where=text)
@@ -153,6 +154,10 @@ def parse_pass(text: str) -> Pass:
             )
         options[key.strip()] = _scalar(value, text)
     return make_pass(name.strip(), options, where=text)
+
+
+_BETWEEN = re.compile(r",(?![^\[]*\])")
+"""A comma that is not inside of brackets."""
 
 
 def _scalar(value: str, where: str) -> Any:

@@ -83,11 +83,13 @@ class Rule:
         caveat: what certificates say of it.
         near: fraction of the pattern that must match before a miss is worth reporting.
         folds: operators on constants that the rewrite builds become constants at once.
+        apart: each root is computed from its own arguments alone, so that one root may feed
+            another.
     """
 
     pattern: ClassVar[Any] = ()
     numeric: ClassVar[Numeric] = Numeric.REASSOCIATED
-    profit: ClassVar[Profit] = Profit.MEASURED
+    profit: Profit = Profit.MEASURED
     benefit: ClassVar[int] = 1
     version: ClassVar[int] = 1
     tolerance: float = 0.0
@@ -95,6 +97,7 @@ class Rule:
     caveat: ClassVar[str] = ""
     near: ClassVar[float] = 0.6
     folds: ClassVar[bool] = True
+    apart: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -139,7 +139,30 @@ def widen(source: fx.Graph) -> fx.Graph:
             change = _widened_words
         copies[node].args = change(copies[node].args)
         copies[node].kwargs = change(copies[node].kwargs)
+        copies[node].target = _IN_FLOAT64.get(node.target, node.target)
     return graph
+
+
+def _grouped_mm(
+    rows: Tensor,
+    weights: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``aten._grouped_mm`` of rows ``(S, K)`` and weights ``(E, K, N)``."""
+    if rows.dim() != 2 or weights.dim() != 3 or offs is None:
+        return torch._grouped_mm(rows, weights, offs=offs, bias=bias, out_dtype=out_dtype)
+    ends = offs.tolist()
+    bounds = zip([0, *ends], ends, strict=False)
+    parts = [rows[a:b] @ weight for (a, b), weight in zip(bounds, weights, strict=True)]
+    rest = rows.new_zeros((len(rows) - ends[-1], weights.shape[2]))
+    made = torch.cat((*parts, rest))
+    return made if bias is None else made + bias
+
+
+_IN_FLOAT64: dict[Any, Any] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+"""Operators that take no float64, and what computes the same."""
 
 
 def _draw(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
