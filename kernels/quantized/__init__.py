@@ -8,6 +8,8 @@ zero points of a weight ``(N, K)``. `quantize` rounds to nearest, with or withou
 ``graphopt::quantized_linear`` and ``graphopt::quantized_embedding`` take the stored tensors and the
 fields of the scheme, all plain types, so that a graph with them can be saved. `linear` and
 `embedding` call them with a weight; both read the same tensors, so a tied head is stored once.
+``graphopt::quantized_experts`` (`experts`) multiplies groups of rows by weights of their own, and
+``graphopt::quantized_conv`` (`conv`) convolves.
 
 What emission may rely on:
 
@@ -34,6 +36,8 @@ from __future__ import annotations
 
 from graphopt.kernels.quantized.autograd import embedding, linear
 from graphopt.kernels.quantized.choice import choose_layout, chosen, using
+from graphopt.kernels.quantized.conv import conv
+from graphopt.kernels.quantized.experts import experts
 from graphopt.kernels.quantized.gptq import gptq
 from graphopt.kernels.quantized.hqq import hqq
 from graphopt.kernels.quantized.integers import is_exact
@@ -49,7 +53,9 @@ __all__ = [
     "Scheme",
     "choose_layout",
     "chosen",
+    "conv",
     "embedding",
+    "experts",
     "find_scales",
     "gptq",
     "hqq",

@@ -135,17 +135,20 @@ for _name, _back, _context in (
     )
 
 
-def _cast(device: str) -> Any:
+def autocast(name: str, operator: Any) -> None:
     """As autocast does it for a product: the input in its dtype, the cast under autograd."""
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        library.impl(name, _cast(device, operator), key)
 
+
+def _cast(device: str, operator: Any) -> Any:
     def run(x: Tensor, *others: Any, **named: Any) -> Any:
         kind = torch.get_autocast_dtype(device)
         low = x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(kind)
         with torch.amp.autocast(device, enabled=False):
-            return quantized_linear(low, *others, **named)
+            return operator(low, *others, **named)
 
     return run
 
 
-library.impl("quantized_linear", _cast("cpu"), "AutocastCPU")
-library.impl("quantized_linear", _cast("cuda"), "AutocastCUDA")
+autocast("quantized_linear", quantized_linear)

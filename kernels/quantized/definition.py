@@ -71,7 +71,7 @@ def dynamic(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     made = x.new_empty((x.shape[0], weight.shape[0]))
     q, scale = quantized_rows(x, weight.scheme.dtype)
     bias = None if bias is None else bias.to(scale.dtype)
-    multiply = _float8_products if weight.scheme.dtype == "fp8" else _integer_products
+    multiply = _float8_products if weight.scheme.dtype == "fp8" else integer_products
     copied = 0 if weight.codes.dtype == torch.int8 else weight.width // 4
     for rows, piece in _pieces(weight, max(min(len(x), _TALL), copied, 1), _CACHED):
         part = multiply(q, piece, scale.dtype)
@@ -94,7 +94,7 @@ def quantized_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     return scaled.round_().to(torch.int8), scale
 
 
-def _integer_products(q: Tensor, weight: QuantizedWeight, wide: torch.dtype) -> Tensor:
+def integer_products(q: Tensor, weight: QuantizedWeight, wide: torch.dtype) -> Tensor:
     """``sum_g scale_g * (q_g @ (codes_g - zero_g).T)``, ``(M, N)``."""
     codes, scales = weight.unpacked(), weight.scales.to(wide)
     zeros = None if weight.zeros is None else weight.zeros.to(wide)

@@ -17,14 +17,14 @@ from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 library = torch.library.Library("graphopt", "FRAGMENT")
-_WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? tensor_scale"
-_SCHEME = "int bits, str dtype, int? group_size, bool symmetric"
+WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? tensor_scale"
+SCHEME = "int bits, str dtype, int? group_size, bool symmetric"
 for _schema in (
-    f"quantized_linear(Tensor input, {_WEIGHT}, Tensor? bias, {_SCHEME}, str activations, "
+    f"quantized_linear(Tensor input, {WEIGHT}, Tensor? bias, {SCHEME}, str activations, "
     'str layout="plain") -> Tensor',
-    f'quantized_linear_backward(Tensor grad, {_WEIGHT}, int width, {_SCHEME}, str layout="plain")'
+    f'quantized_linear_backward(Tensor grad, {WEIGHT}, int width, {SCHEME}, str layout="plain")'
     " -> Tensor",
-    f"quantized_embedding(Tensor indices, {_WEIGHT}, int width, {_SCHEME}, ScalarType out_dtype)"
+    f"quantized_embedding(Tensor indices, {WEIGHT}, int width, {SCHEME}, ScalarType out_dtype)"
     " -> Tensor",
 ):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -66,7 +66,9 @@ def _weight(
     return paths.Stored(scheme, layout, {"codes": codes, "scales": scales}, (outputs, width))
 
 
-def _check(x: Tensor, bias: Tensor | None, outputs: int, scheme: Scheme, activations: str) -> None:
+def check_call(
+    x: Tensor, bias: Tensor | None, outputs: int, scheme: Scheme, activations: str
+) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"input is {x.dtype}; it is float32, bfloat16, float16 or float64")
     if bias is not None and bias.shape != (outputs,):
@@ -100,7 +102,7 @@ def _linear(
 ) -> Tensor:
     width, scheme = _width(input), Scheme(bits, dtype, group_size, symmetric)
     weight = _weight(codes, scales, zeros, tensor_scale, width, scheme, layout)
-    _check(input, bias, codes.shape[0], scheme, activations)
+    check_call(input, bias, codes.shape[0], scheme, activations)
     case = Case(scheme, layout, activations, input.dtype, input.device.type, codes.shape[0], width)
     with torch.no_grad(), gpu.on(input):
         rows = input.reshape(-1, width)
@@ -171,7 +173,7 @@ def _fake_linear(
 ) -> Tensor:
     width, scheme = _width(input), Scheme(bits, dtype, group_size, symmetric)
     _weight(codes, scales, zeros, tensor_scale, width, scheme, layout)
-    _check(input, bias, codes.shape[0], scheme, activations)
+    check_call(input, bias, codes.shape[0], scheme, activations)
     return input.new_empty((*input.shape[:-1], codes.shape[0]))
 
 
