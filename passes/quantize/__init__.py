@@ -9,8 +9,11 @@ from typing import Literal
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
 from graphopt.passes.quantize.methods import methods
+from graphopt.passes.quantize.names import Scope, Skip
 from graphopt.passes.quantize.plan import Settings
+from graphopt.passes.quantize.products import SpellProducts
 from graphopt.passes.quantize.weights import QuantizeWeights
+from graphopt.program import Program
 from graphopt.rewrite import Pass, Rule
 
 __all__ = ["QuantizeMatmul"]
@@ -31,7 +34,15 @@ class QuantizeMatmul(Pass):
         method: ``"rtn"`` rounds to nearest, below eight bits after a search for the range of each
             group; ``"hqq"`` optimises zero points (Badri & Shaji 2023); ``"gptq"`` makes the error
             of products on calibration inputs small (Frantar et al. 2023).
+        embeddings: store what embeddings look up in few bits too. A table that a head shares is
+            stored once, and needs ``head`` besides.
         head: quantize a product that is an output of the model too.
+        skip: weights to leave alone: patterns, as `fnmatch` reads them, of their names or of the
+            modules that they lie in, such as ``"lm_head"`` or ``"model.layers.*.down_proj"``.
+            Weights that were merged or folded are found by the names they had.
+
+    Raises:
+        ValueError: the fields do not go together; the message says what does.
     """
 
     bits: int = 8
@@ -40,9 +51,15 @@ class QuantizeMatmul(Pass):
     symmetric: bool = True
     dtype: Literal["int", "nf4", "fp4", "fp8", "mxfp4", "nvfp4"] = "int"
     method: str | Sequence[str] = "rtn"
+    embeddings: bool = False
     head: bool = False
+    skip: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        patterns = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"skip is a sequence of patterns of names, not {self.skip!r:.80}")
+        object.__setattr__(self, "skip", patterns)
         scheme = self.scheme  # whether its fields go together
         if self.activations and scheme.dtype not in ("int", "fp8"):
             raise ValueError(
@@ -60,12 +77,22 @@ class QuantizeMatmul(Pass):
     def settings(self) -> Settings:
         return Settings(self.scheme, methods(self.method), self.activations or "none")
 
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.head, self.embeddings, Skip(tuple(self.skip)))
+
+    def concede(self, program: Program) -> None:
+        """Nothing; but patterns that mean nothing in this model are an error."""
+        if program.frozen:
+            self.scope.skip.check(program)
+
     def stages(self) -> Sequence[Pass]:
-        last = QuantizeWeights(self, self.settings, self.head)
         scaling = methods(self.method).scaling
-        if scaling is None:
-            return (last,)
-        return (ScaleBeforeQuantizing(self, self.scheme, scaling, last.matches), last)
+        last = QuantizeWeights(self, self.settings, self.scope)
+        stages: list[Pass] = [SpellProducts(self, self.scheme, self.scope)]
+        if scaling is not None:
+            stages.append(ScaleBeforeQuantizing(self, self.scheme, scaling, last.matches))
+        return (*stages, last)
 
     def rules(self) -> Sequence[Rule]:
         return [rule for stage in self.stages() for rule in stage.rules()]

@@ -14,7 +14,8 @@ from graphopt.analysis.channels import NONE, Channels
 from graphopt.calibration import Statistics
 from graphopt.kernels.quantized.rounding import quantize
 from graphopt.kernels.quantized.scheme import Scheme
-from graphopt.passes.quantize.observed import Observed
+from graphopt.passes.quantize.observed import Observed, require_samples
+from graphopt.passes.quantize.plan import products_of
 from graphopt.passes.quantize.scaling import ScaleChannels, key_of, match_of, refusal
 from graphopt.program import Program
 from graphopt.rewrite import Match, Pass, Rule, arguments
@@ -62,8 +63,10 @@ class ScaleBeforeQuantizing(Pass):
         samples: Sequence[Sequence[Any]],
         progress: Callable[[str], None],
     ) -> Pass:
-        quantized = {n for m in self.quantized(program) for n in m.nodes}
+        quantized = {n for m in self.quantized(program) for n in products_of(m)}
         matches, refused = _matches(program, quantized)
+        if matches:
+            require_samples(samples, (self.method,), self.name)
         reached = {n for match in matches for n in match.roots}
         stopped = frozenset(map(key_of, quantized - reached.union(*refused.values())))
         observed = Observed(program, samples, reached)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.passes.canonicalize import Canonicalize
-from graphopt.passes.quantize import examples
+from graphopt.passes.quantize import embedding, examples, sharing
+from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.plan import Plan, Settings, rounded
+from graphopt.passes.quantize.refusals import constant_refusal, numbers_refusal, readers
 from graphopt.program import Program, val
 from graphopt.rewrite import (
     Builder,
@@ -41,17 +43,18 @@ class QuantizeLinear(Rule):
     """``linear(x, W, b) = quantized_linear(x, Q(W), b)`` but for the rounding of ``Q``.
 
     ``Q`` is what the plan has for a weight, and else rounds it; with activations in 8 bits each row
-    of ``x`` has a scale of its own (Yao et al. 2022, ZeroQuant, section 4.1). Products on one
-    weight are rewritten together. One whose error on the inputs at hand is above `tolerance` keeps
-    its weight.
+    of ``x`` has a scale of its own (Yao et al. 2022, ZeroQuant, section 4.1). All that read one
+    weight are rewritten together, its look-ups too where embeddings are in scope: a tied head is
+    stored once. A weight with which the error on the inputs at hand is above `tolerance` is kept.
     """
 
     profit = Profit.ALWAYS
     numeric = Numeric.LOSSY
     folds = False
+    apart = True
 
-    def __init__(self, settings: Settings, plan: Plan, *, head: bool = False) -> None:
-        self.settings, self.plan, self.head = settings, plan, head
+    def __init__(self, settings: Settings, plan: Plan, scope: Scope = USUAL) -> None:
+        self.settings, self.plan, self.scope = settings, plan, scope
         scheme, activations = settings.scheme, settings.activations
         loss = SPARE * ROUNDING * 2 ** (8 - scheme.bits)
         if scheme.dtype != "int" and scheme.bits == 8:
@@ -62,49 +65,37 @@ class QuantizeLinear(Rule):
         return (Canonicalize(),)
 
     def find(self, program: Program) -> Iterator[Candidate]:
-        groups: dict[fx.Node, list[fx.Node]] = {}
-        weights = program.weights()
-        for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
-            weight = arguments(node)["weight"]
-            if weight in weights:
-                groups.setdefault(weight, []).append(node)
-        for weight, products in groups.items():
-            yield Candidate(Match(program, tuple(products), tuple(products), {"weight": weight}))
+        looked_up = readers(program, aten.embedding.default) if self.scope.embeddings else {}
+        for weight, products in readers(program, aten.linear.default).items():
+            nodes = (*products, *looked_up.get(weight, ()))
+            yield Candidate(Match(program, nodes, nodes, {"weight": weight}))
 
     def check(self, match: Match) -> Refusal | None:
         program, weight = match.program, match["weight"]
-        if not program.frozen or not program.is_constant(weight):
-            return Refusal("the model trains: its weights change", match.root)
-        fake = val(weight)
-        if fake.dim() != 2 or fake.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return Refusal(f"a weight {fake.dtype} {tuple(fake.shape)} is not quantized", weight)
-        other = next((u for u in weight.users if u not in match.nodes), None)
-        if other is not None:
-            reason = f"`{other.name}` reads the weight too: quantized it would be held twice"
-            return Refusal(reason, other)
-        if not self.head and (shown := _shown(match.nodes)) is not None:
-            reason = f"`{shown.name}` is an output of the model: errors of a head are its own"
-            return Refusal(reason, shown, "QuantizeMatmul:head=True")
-        return self._refusal(program.tensor(weight), weight)
-
-    def _refusal(self, tensor: torch.Tensor, weight: fx.Node) -> Refusal | None:
-        try:
-            self.settings.scheme.groups(tensor.shape[1])
-        except ValueError as error:
-            return Refusal(str(error), weight)
-        if not tensor.isfinite().all():
-            return Refusal("the weight holds NaN or infinity", weight)
-        return None
+        if (found := constant_refusal(program, weight)) is not None:
+            return found
+        if (found := self.scope.skip.refusal(program, weight)) is not None:
+            return found
+        if (found := sharing.refusal(match, head=self.scope.head)) is not None:
+            return found
+        return numbers_refusal(program.tensor(weight), self.settings.scheme, weight)
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]
-        name = match.program.target_of(weight) or weight.name
-        tensor, settings = match.program.tensor(weight), self.settings
-        stored = self.plan.weights.get(name) or rounded(tensor, settings.scheme, settings.methods)
-        held = {k: build.state(f"{name}_{k}", tensor) for k, tensor in stored.tensors.items()}
+        held = self.stored(weight, match.program.tensor(weight), build)
         return tuple(self._call(node, held, build) for node in match.nodes)
 
+    def stored(self, weight: fx.Node, matrix: Tensor, build: Builder) -> dict[str, fx.Node]:
+        """A weight, as the matrix ``(N, K)``, in few bits: the state that holds it."""
+        name, settings = build.program.target_of(weight) or weight.name, self.settings
+        found = self.plan.weights.get(name) or rounded(matrix, settings.scheme, settings.methods)
+        tensors = found.tensors.items()
+        return {k: build.state(f"{name}_{k}", tensor, (weight,)) for k, tensor in tensors}
+
     def _call(self, node: fx.Node, held: dict[str, fx.Node], build: Builder) -> fx.Node:
+        build.anchor = node
+        if node.target is aten.embedding.default:
+            return embedding.call(node, held, self.settings.scheme, build)
         given, scheme = arguments(node), self.settings.scheme
         made: fx.Node = build(
             torch.ops.graphopt.quantized_linear.default,
@@ -123,32 +114,18 @@ class QuantizeLinear(Rule):
         fake = val(match["weight"])
         bits = self.settings.scheme.bits
         told = f"`{match['weight'].name}` {tuple(fake.shape)} is stored in {bits} bits"
-        note = self.plan.notes.get(match.program.target_of(match["weight"]) or "")
+        note = self._note(match.program.target_of(match["weight"]) or "")
         return f"{told}; {note}" if note else told
+
+    def _note(self, name: str) -> str:
+        """Where a method gave way."""
+        calibrated = self.settings.methods.calibrated
+        if name in self.plan.weights or not calibrated:
+            return self.plan.notes.get(name, "")
+        return f"{' and '.join(calibrated)} calibrates layers of one matrix: it is rounded alone"
 
     def examples(self) -> Iterable[Example]:
         return examples.examples()
 
     def near_misses(self) -> Iterable[Example]:
         return examples.near_misses()
-
-
-_PLAIN = frozenset(
-    {"_to_copy", "clone", "reshape", "view", "slice", "select", "alias", "unsqueeze"}
-)
-"""Operators that show numbers without computing others."""
-
-
-def _shown(products: Sequence[fx.Node]) -> fx.Node | None:
-    """A product that the caller gets as it is, or as views of it."""
-    queue, seen = [*products], set(products)
-    while queue:
-        node = queue.pop()
-        for user in node.users:
-            if user.op == "output":
-                return node
-            name = getattr(user.target, "_opname", "")
-            if user not in seen and name in _PLAIN:
-                seen.add(user)
-                queue.append(user)
-    return None

@@ -67,3 +67,18 @@ def given_to(product: fx.Node) -> fx.Node:
     """The input of a product."""
     node: fx.Node = arguments(product)["input"]
     return node
+
+
+def require_samples(samples: Sequence[Any], methods: Sequence[str], where: str) -> None:
+    """Methods that calibrate need something to calibrate on.
+
+    Raises:
+        GraphoptError: there is nothing.
+    """
+    if not samples:
+        raise GraphoptError(
+            f"method {' and '.join(methods)} learns from calibration inputs; there are none",
+            where=where,
+            fix="calibration=[inputs, ...] with example_inputs, on the command line "
+            "--calibration FILE; or method='rtn', which needs none",
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.kernels.quantized.autograd import linear
@@ -76,7 +77,7 @@ class _Calibration:
         settings: Settings,
     ) -> None:
         self.program, self.settings = program, settings
-        self.weight_of = {node: m["weight"] for m in matches for node in m.nodes}
+        self.weight_of = {node: m["weight"] for m in matches for node in products_of(m)}
         self.observed = Observed(program, samples, self.weight_of)
         self.weights: dict[str, QuantizedWeight] = {}
         self.notes: dict[str, str] = {}
@@ -115,6 +116,11 @@ class _Calibration:
         if methods.rounding == "gptq":
             return gptq(weight, scheme, moment)
         return quantize(weight, scheme, "search", moment.diagonal())
+
+
+def products_of(match: Match) -> list[fx.Node]:
+    """Those of a match: look-ups of a tied head have no inputs to calibrate on."""
+    return [n for n in match.nodes if n.target is torch.ops.aten.linear.default]
 
 
 def _product(

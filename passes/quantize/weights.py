@@ -6,8 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from graphopt.errors import GraphoptError
+from graphopt.passes.quantize.convolution import QuantizeConvolution
+from graphopt.passes.quantize.experts import QuantizeExperts
 from graphopt.passes.quantize.linear import QuantizeLinear
+from graphopt.passes.quantize.lookups import QuantizeEmbedding
+from graphopt.passes.quantize.names import USUAL, Scope
+from graphopt.passes.quantize.observed import require_samples
 from graphopt.passes.quantize.plan import Plan, Settings, calibrate
 from graphopt.program import Program
 from graphopt.rewrite import Match, Pass, Rule
@@ -24,7 +28,7 @@ class QuantizeWeights(Pass):
 
     given: Pass
     settings: Settings
-    head: bool = False
+    scope: Scope = USUAL
     plan: Plan = field(default_factory=Plan)
 
     @property
@@ -35,10 +39,9 @@ class QuantizeWeights(Pass):
         return self.given.options()
 
     def rules(self) -> Sequence[Rule]:
-        return (self._rule(),)
-
-    def _rule(self) -> QuantizeLinear:
-        return QuantizeLinear(self.settings, self.plan, head=self.head)
+        kinds = [QuantizeLinear, QuantizeExperts, QuantizeConvolution]
+        kinds += [QuantizeEmbedding] if self.scope.embeddings else []
+        return [kind(self.settings, self.plan, self.scope) for kind in kinds]
 
     def calibrated(
         self,
@@ -50,18 +53,13 @@ class QuantizeWeights(Pass):
         if not methods:
             return self
         matches = self.matches(program)
-        if matches and not samples:
-            raise GraphoptError(
-                f"method {' and '.join(methods)} learns from calibration inputs; there are none",
-                where=self.name,
-                fix="calibration=[inputs, ...] with example_inputs, on the command line "
-                "--calibration FILE; or method='rtn', which needs none",
-            )
+        if matches:
+            require_samples(samples, methods, self.name)
         plan = calibrate(program, matches, samples, self.settings, progress) if matches else Plan()
         return replace(self, plan=plan)
 
     def matches(self, program: Program) -> list[Match]:
         """What the rule will rewrite."""
-        rule = self._rule()
+        rule = QuantizeLinear(self.settings, self.plan, self.scope)
         found = (candidate.match for candidate in rule.find(program))
         return [m for m in found if m is not None and rule.check(m) is None]
