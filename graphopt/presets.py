@@ -47,7 +47,8 @@ def available_presets() -> list[str]:
 def resolve(recipe: Recipe) -> list[Pass]:
     """Passes of a preset name, a YAML file, one pass, or a sequence of passes, strings or mappings.
 
-    ``["exact", "FuseLossHead:lazy_logits=true"]`` is the preset with other options for one pass.
+    ``["exact", "FuseLossHead:lazy_logits=true"]`` is the preset with other options for one pass, and
+    ``["balanced", "QuantizeMatmul:skip=[lm_head,'*.gate']"]`` leaves some weights in float.
 
     Raises:
         RecipeError: an unknown preset, pass or option, a preset whose passes are not installed, or

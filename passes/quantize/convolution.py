@@ -45,8 +45,8 @@ class QuantizeConvolution(QuantizeLinear):
     def find(self, program: Program) -> Iterator[Candidate]:
         groups: dict[fx.Node, list[fx.Node]] = {}
         for target in _CONVOLUTIONS:
-            for weight, nodes in readers(program, target).items():
-                groups.setdefault(weight, []).extend(nodes)
+            for weight, found in readers(program, target).items():
+                groups.setdefault(weight, []).extend(found)
         for weight, calls in groups.items():
             nodes = tuple(calls)
             yield Candidate(Match(program, nodes, nodes, {"weight": weight}))

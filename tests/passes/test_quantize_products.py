@@ -39,7 +39,7 @@ def error(made: Tensor, wanted: Tensor) -> float:
 
 
 class Attention(nn.Module):
-    """torch's own attention: projections in one weight, slices of it for query, and key and value."""
+    """torch's own attention: three projections in one weight, read as slices of it."""
 
     def __init__(self) -> None:
         super().__init__()
