@@ -89,6 +89,21 @@ def test_a_tied_head_is_stored_once(bits: int) -> None:
     assert not kept(fast)
 
 
+def test_a_tied_head_is_calibrated_by_gptq_on_what_it_is_given() -> None:
+    torch.manual_seed(0)
+    model, x = Tied(), words()
+    options = {"bits": 4, "activations": None, "group_size": 16, "head": True, "embeddings": True}
+    fast = graphopt.compile(
+        model.eval(),
+        example_inputs=(x,),
+        calibration=[torch.randint(WORDS, (3, 9)) for _ in range(4)],
+        passes=["Canonicalize", QuantizeMatmul(method="gptq", **options)],
+        measure=False,
+    )
+    assert [len(a.removed) for a in fast.report.applied].count(2) == 1 and not kept(fast)
+    assert not any("rounded" in note for note in fast.report.notes)
+
+
 @pytest.mark.parametrize(
     ("options", "option"),
     [
