@@ -212,6 +212,13 @@ def check_program(program: Program) -> None:
             are computed or laid out for one machine.
     """
     calls_of(program)
+    kinds = {"quantized_experts": "mixtures of experts", "quantized_conv": "convolutions"}
+    found = {str(getattr(n.target, "_opname", "")) for n in program.graph.nodes}
+    if told := [told for name, told in kinds.items() if name in found]:
+        raise ExportError(
+            f"{program.name} has quantized {' and '.join(told)}, which have no ONNX form yet",
+            fix="name them in QuantizeMatmul:skip for ONNX, or write a .pt2",
+        )
     if program.training:
         raise ExportError(
             f"{program.name} was captured in training mode", fix="capture it after model.eval()"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from graphopt.passes.quantize import sharing
+from graphopt.passes.quantize import expert_examples, sharing
 from graphopt.passes.quantize.arrange import arranged, restored
 from graphopt.passes.quantize.forms import Form, form_of, held, is_batched, products
 from graphopt.passes.quantize.linear import QuantizeLinear
@@ -126,10 +126,10 @@ class QuantizeExperts(QuantizeLinear):
         return made
 
     def examples(self) -> Iterable[Example]:
-        return _examples()
+        return expert_examples.examples()
 
     def near_misses(self) -> Iterable[Example]:
-        return _near_misses()
+        return expert_examples.near_misses()
 
 
 def is_grouped(node: fx.Node) -> bool:
@@ -155,62 +155,3 @@ def _matrices(match: Match, node: fx.Node) -> Tensor | Refusal:
     if given.get("bias") is not None or val(node).dtype != x.dtype or x.dtype not in FLOATS:
         return Refusal("the grouped product has a bias, or another dtype than its input", node)
     return found[1].mT
-
-
-class _Experts(nn.Module):
-    def __init__(self, function: Callable[[Any, Tensor], Any], kind: torch.dtype) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(4, 24, 32) / 6)
-        self.out = nn.Parameter(torch.randn(4, 32, 16) / 6)
-        self.register_buffer("ends", torch.tensor([3, 3, 10, 16], dtype=torch.int32))
-        self.function = function
-        self.to(kind)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
-
-
-def _case(
-    name: str,
-    function: Callable[[Any, Tensor], Any],
-    *shape: int,
-    kind: torch.dtype = torch.float32,
-    **options: Any,
-) -> Example:
-    sizes = shape or (4, 5, 32)
-    return Example(
-        name, lambda: _Experts(function, kind), lambda: (torch.randn(sizes, dtype=kind),), **options
-    )
-
-
-def _grouped(m: Any, x: Tensor) -> Tensor:
-    return torch._grouped_mm(x, m.w.mT, offs=m.ends).relu()
-
-
-def _chained(m: Any, x: Tensor) -> Tensor:
-    first = (x @ m.w).relu()
-    return (first[..., :24] @ m.w).relu()
-
-
-def _examples() -> Iterator[Example]:
-    dynamic = ({1: torch.export.Dim.DYNAMIC},)
-    yield _case("batched", lambda m, x: (x @ m.out).relu())
-    yield _case("batched, dynamic", lambda m, x: (x @ m.out).relu(), dynamic_shapes=dynamic)
-    yield _case("bmm", lambda m, x: torch.bmm(x, m.w.mT).relu())
-    yield _case("on the left", lambda m, x: torch.bmm(m.w, x.mT).relu())
-    yield _case("bias", lambda m, x: torch.baddbmm(m.out[:, :1], x, m.out).relu())
-    yield _case("einsum", lambda m, x: torch.einsum("esk,enk->sen", x, m.w).relu())
-    yield _case("twice", lambda m, x: (x @ m.out).relu() + (x.tanh() @ m.out).relu())
-    yield _case("one after the other", _chained, 4, 5, 24)
-    yield _case("half", lambda m, x: torch.bmm(x, m.w.mT).relu(), kind=torch.float16)
-    yield _case("grouped", _grouped, 16, 32, kind=torch.bfloat16)
-
-
-def _near_misses() -> Iterator[Example]:
-    yield _case("head", lambda m, x: x @ m.out, reason="output of the model")
-    yield _case("two ways", lambda m, x: ((x @ m.w.mT) @ m.w).relu(), reason="held twice")
-    yield _case("summed", lambda m, x: (x @ m.out).relu() + m.out.sum(), reason="held twice")
-    yield _case("two inputs", lambda _, x: (x @ x.mT).relu())
-    yield _case("wide", lambda m, x: (x @ m.out).relu(), kind=torch.float64, reason="float64")
-    yield _case("training", lambda m, x: (x @ m.out).relu(), training=True)
-    yield _case("one matrix", lambda m, x: (x @ m.out[0]).relu())
