@@ -47,7 +47,7 @@ def available_presets() -> list[str]:
 def resolve(recipe: Recipe) -> list[Pass]:
     """Passes of a preset name, a YAML file, one pass, or a sequence of passes, strings or mappings.
 
-    ``["exact", "FuseLossHead:lazy_logits=true"]`` is the preset with other options for one pass, and
+    ``["exact", "FuseLossHead:lazy_logits=true"]`` is the preset with other options for one pass;
     ``["balanced", "QuantizeMatmul:skip=[lm_head,'*.gate']"]`` leaves some weights in float.
 
     Raises:
