@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.artifact import load, save
+    from graphopt.emit.checkpoint import export_huggingface
     from graphopt.emit.onnx import export_onnx
     from graphopt.errors import GraphoptError
     from graphopt.optimize import compile, explain
@@ -24,6 +25,7 @@ _HOMES = {
     "Report": "graphopt.report.model",
     "compile": "graphopt.optimize",
     "explain": "graphopt.optimize",
+    "export_huggingface": "graphopt.emit.checkpoint",
     "export_onnx": "graphopt.emit.onnx",
     "load": "graphopt.artifact",
     "register_backend": "graphopt.registered",
@@ -35,6 +37,7 @@ __all__ = [
     "Report",
     "compile",
     "explain",
+    "export_huggingface",
     "export_onnx",
     "load",
     "register_backend",

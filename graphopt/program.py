@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -104,6 +104,20 @@ class Assumption:
     reason: str | None = None
 
 
+class Origin(NamedTuple):
+    """What a tensor was computed from.
+
+    Attributes:
+        operator: that made it, if one did.
+        sources: names of state in its order, which may be made themselves.
+        tensors: the tensors of the model behind them: their names, and their shapes.
+    """
+
+    operator: str
+    sources: tuple[str, ...]
+    tensors: Mapping[str, torch.Size]
+
+
 @dataclass
 class Program:
     """A graph with its signature and state.
@@ -125,8 +139,8 @@ class Program:
         notes: sentences about the capture that a user should read.
         relied: names of state whose values the rewrites so far have used.
         read: names of state whose values were looked at since this was last cleared.
-        origins: name of state that a rewrite made -> the tensors of the model that it was computed
-            from: their names, and their shapes.
+        origins: name of state that a rewrite made -> what it was computed from; also of tensors
+            that were folded further and are gone.
     """
 
     graph_module: fx.GraphModule
@@ -144,7 +158,7 @@ class Program:
     notes: list[str] = field(default_factory=list)
     relied: frozenset[str] = frozenset()
     read: set[str] = field(default_factory=set)
-    origins: dict[str, Mapping[str, torch.Size]] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -239,24 +253,34 @@ class Program:
         if target is None:
             return {}
         if target in self.origins:
-            return self.origins[target]
+            return self.origins[target].tensors
         held = self.state[target]
         return {name: held.shape for name, tensor in self.state.items() if tensor is held}
 
-    def add_state(self, name: str, value: Tensor, meta: Any, of: Iterable[fx.Node] = ()) -> fx.Node:
+    def add_state(
+        self,
+        name: str,
+        value: Tensor,
+        meta: Any,
+        of: Sequence[fx.Node] = (),
+        operator: str = "",
+    ) -> fx.Node:
         """Add a tensor under ``name`` (made unique) and return its placeholder.
 
         Args:
-            of: state that it was computed from.
+            of: state that it was computed from; operator: by what.
         """
         unique, count = name, 1
-        while unique in self.state:
+        while unique in self.state or unique in self.origins:
             unique, count = f"{name}_{count}", count + 1
         kind = InputKind.PARAMETER if isinstance(value, torch.nn.Parameter) else InputKind.CONSTANT
         with self.graph.inserting_before():
             node = self.graph.placeholder("s_" + unique.replace(".", "_"))
         node.meta["val"] = meta
-        self.origins[unique] = {k: v for source in of for k, v in self.sources(source).items()}
+        if of:
+            tensors = {k: v for source in of for k, v in self.sources(source).items()}
+            names = tuple(self.target_of(source) or source.name for source in of)
+            self.origins[unique] = Origin(operator, names, tensors)
         self.state[unique] = value
         self.inputs[node.name] = ProgramInput(node.name, kind, unique)
         return node
@@ -276,18 +300,16 @@ class Program:
         self._erase(unused)
         removed = [t for t, value in self.state.items() if id(value) in dead]
         for target in removed:
-            self._forget(target)
+            del self.state[target]
         return removed
 
     def drop_state_of(self, nodes: Iterable[fx.Node]) -> None:
         """Remove those of the given state placeholders that nothing reads, and their tensors."""
         for node in [n for n in nodes if not n.users]:
-            self._forget(self.inputs[node.name].target or "")
+            name = self.inputs[node.name].target or ""
+            del self.state[name]
+            self.origins.pop(name, None)
             self._erase([node])
-
-    def _forget(self, name: str) -> None:
-        del self.state[name]
-        self.origins.pop(name, None)
 
     def _erase(self, placeholders: Iterable[fx.Node]) -> None:
         for node in placeholders:

@@ -14,7 +14,7 @@ from graphopt.errors import GraphoptError
 VERBS = {
     "optimize": "rewrite a model, verify it, write it",
     "explain": "what would be rewritten, what not, and why",
-    "export": "write a verified ONNX file",
+    "export": "write a verified ONNX file or quantized checkpoint",
     "verify": "compare two models numerically",
     "bench": "eager, torch.compile and graphopt in one run",
     "inspect": "show what a file holds, without running it",

@@ -27,6 +27,7 @@ def command(
     arch: str | None,
     trust_pickle: bool,
     train: bool,
+    dequantize: bool,
     recipe: str | None,
     passes: tuple[str, ...],
     strict: bool,
@@ -43,7 +44,7 @@ def command(
 
     with progress("bench", quiet=as_json) as step:
         options = options_from(recipe, passes, strict, measure)
-        subject = load_subject(model, inputs, arch, trust_pickle, train)
+        subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
         options = replace(options, calibration=calibration_of(calibration, subject))
         if subject.module is None:
             raise GraphoptError(

@@ -43,6 +43,7 @@ def command(
     arch: str | None,
     trust_pickle: bool,
     train: bool,
+    dequantize: bool,
     recipe: str | None,
     passes: tuple[str, ...],
     strict: bool,
@@ -63,7 +64,7 @@ def command(
         targets = _targets(outputs, model, train)
         check_outputs(targets, [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure)
-        subject = load_subject(model, inputs, arch, trust_pickle, train)
+        subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
         options = replace(options, calibration=calibration_of(calibration, subject))
         options = replace(options, target=target, progress=step)
         step("capture")

@@ -32,6 +32,11 @@ def model_options(function: F) -> F:
             "--trust-pickle", is_flag=True, help="Let a pickled module run the code it holds."
         ),
         click.option("--train", is_flag=True, help="Capture in training mode, with gradients."),
+        click.option(
+            "--dequantize",
+            is_flag=True,
+            help="Make floats of the quantized weights of a folder or GGUF file; so does --train.",
+        ),
     )
 
 

@@ -49,7 +49,12 @@ class Subject:
 
 
 def load_subject(
-    model: str, inputs: str | None, arch: str | None, trust_pickle: bool, train: bool = False
+    model: str,
+    inputs: str | None,
+    arch: str | None,
+    trust_pickle: bool,
+    train: bool = False,
+    dequantize: bool = False,
 ) -> Subject:
     """Load MODEL safely and find example inputs for it.
 
@@ -57,7 +62,7 @@ def load_subject(
         LoadError: the file is refused.
         GraphoptError: no example inputs were given and none can be guessed.
     """
-    loaded = load_model(model, arch=arch, trust_pickle=trust_pickle)
+    loaded = load_model(model, arch=arch, trust_pickle=trust_pickle, dequantize=dequantize or train)
     if loaded.kind == "onnx":
         raise LoadError(
             "an ONNX file cannot be captured",

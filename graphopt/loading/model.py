@@ -61,6 +61,7 @@ def load_model(
     *,
     arch: str | None = None,
     trust_pickle: bool = False,
+    dequantize: bool = False,
     limits: Limits | None = None,
 ) -> LoadedModel:
     """Load a model without running code from the file.
@@ -73,6 +74,8 @@ def load_model(
         arch: ``package.module:factory``, imported from the working folder or the installed
             packages and called without arguments; gives the module that a state dict fills.
         trust_pickle: let a checkpoint run the code it names, and TorchScript reach files.
+        dequantize: make floats of the quantized weights of a Hugging Face folder or GGUF file,
+            which otherwise stay as they are stored, in `interchange.modules`.
         limits: sizes above which a file is refused; by default from the environment.
 
     Raises:
@@ -93,6 +96,8 @@ def load_model(
     if kind == "torchscript":
         module = load_torchscript(source, trusted=trust_pickle, limits=limits)
         return LoadedModel(source, kind, module=module.eval())
+    if kind in ("huggingface", "gguf"):
+        return _from_folder(source, limits, dequantize)
     if loader := _WHOLE_MODELS.get(kind):
         return loader(source, limits)
     raise _no_model(source, kind)
@@ -145,8 +150,8 @@ def _from_onnx(source: Path, limits: Limits) -> LoadedModel:
     return LoadedModel(source, "onnx", notes=notes)
 
 
-def _from_folder(source: Path, limits: Limits) -> LoadedModel:
-    module, notes = load_folder(source, limits)
+def _from_folder(source: Path, limits: Limits, dequantize: bool) -> LoadedModel:
+    module, notes = load_folder(source, limits, dequantize)
     return LoadedModel(
         source, "huggingface", module=module, config=module.config, notes=tuple(notes)
     )
@@ -155,8 +160,6 @@ def _from_folder(source: Path, limits: Limits) -> LoadedModel:
 _WHOLE_MODELS: dict[str, Callable[[Path, Limits], LoadedModel]] = {
     "pt2": _from_pt2,
     "onnx": _from_onnx,
-    "huggingface": _from_folder,
-    "gguf": _from_folder,
 }
 
 

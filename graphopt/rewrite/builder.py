@@ -79,14 +79,16 @@ class Builder:
         zeros = torch.zeros(fake.shape[dim], dtype=fake.dtype, device=fake.device)
         return self.state(f"{self._base_name(like)}_zeros", zeros)
 
-    def state(self, name: str, value: Tensor, of: Sequence[fx.Node] = ()) -> fx.Node:
+    def state(
+        self, name: str, value: Tensor, of: Sequence[fx.Node] = (), operator: str = ""
+    ) -> fx.Node:
         """Add a constant tensor under a name derived from ``name``.
 
         Args:
-            of: state that it was computed from: names that users know it by.
+            of: state that it was computed from: names that users know it by; operator: by what.
         """
         meta = self.fake_mode.from_tensor(value.detach(), static_shapes=True)
-        node = self.program.add_state(name, value, meta, of)
+        node = self.program.add_state(name, value, meta, of, operator)
         node.meta["rewritten_by"] = (self.rule,)
         return node
 
@@ -141,7 +143,8 @@ class Builder:
             exact = target(*wide[0], **{k: _widen_dtype(v) for k, v in wide[1].items()})
         sources = fx_nodes((args, kwargs))
         name = f"{self._base_name(sources[0])}_folded"
-        node = self.state(name, exact.to(meta.dtype).contiguous(), sources)
+        made = exact.to(meta.dtype).contiguous()
+        node = self.state(name, made, sources, operator_name(target))
         self.folded[node] = exact
         return node
 
