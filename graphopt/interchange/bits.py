@@ -36,8 +36,21 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """
     if words.shape[1] != words_of(count, bits):
         return _unpack_spaced(words, bits, count)
-    stored = words.contiguous().view(torch.uint8)
-    return packing.unpack(stored[:, : -(-count * bits // 8)], bits, count)
+    stored = words.contiguous().view(torch.uint8)[:, : -(-count * bits // 8)]
+    if bits in (5, 7):
+        return _unpack_odd(stored, bits, count)
+    return packing.unpack(stored, bits, count)
+
+
+def _unpack_odd(stored: Tensor, bits: int, count: int) -> Tensor:
+    """Codes of 5 or 7 bits, a bit at a time: eight of them are more than a word."""
+    places = torch.arange(8, dtype=torch.uint8)
+    made = stored.new_zeros((stored.shape[0], count))
+    for chunk in packing.row_chunks(stored.shape[0], 8 * count):
+        single = ((stored[chunk, :, None] >> places) & 1).flatten(1)[:, : count * bits]
+        for place, bit in enumerate(single.unflatten(1, (count, bits)).unbind(-1)):
+            made[chunk] |= bit << place
+    return made
 
 
 def _unpack_spaced(words: Tensor, bits: int, count: int) -> Tensor:

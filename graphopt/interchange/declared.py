@@ -64,11 +64,10 @@ class GptqConfig:
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.where, self.notes = f"{where}, quantization_config", list[str]()
         form = config.get("checkpoint_format") or "gptq"
-        marlin = config.get("is_marlin_format")
-        if form not in ("gptq", "gptq_v2") or marlin:
+        form = "marlin" if config.get("is_marlin_format") else form
+        if form not in ("gptq", "gptq_v2"):
             raise self._error(
-                f"GPTQ weights in the format {'marlin' if marlin else form!r:.40}, made for one "
-                "kernel, cannot be read",
+                f"GPTQ weights in the format {form!r:.40}, made for one kernel, cannot be read",
                 "get the model in checkpoint_format gptq or gptq_v2",
             )
         if config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):

@@ -34,6 +34,8 @@ class RawLinear(nn.Module):
             held = found[leaf]
             made = torch.empty(held.shape, dtype=held.dtype, device="meta")
             self.register_buffer(leaf, made)
+        if "weight" not in self.leaves:
+            self.weight = torch.empty(0)  # some models draw it at random, before it is loaded
         self.has_bias = getattr(old, "bias", None) is not None
         bias = old.bias if self.has_bias else self._spare_bias(found)
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
