@@ -19,6 +19,10 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 import graphopt
 from graphopt.cli import main
 from graphopt.errors import ExportError, GraphoptError
+from graphopt.interchange.declared import declared
+from graphopt.interchange.recover import Product
+from graphopt.interchange.written import written
+from graphopt.kernels.quantized import Scheme, quantize
 from graphopt.loading import load_model
 from graphopt.passes import QuantizeMatmul
 from graphopt.presets import resolve
@@ -105,15 +109,36 @@ def test_an_encoder_with_layer_norms(tmp_path: Path) -> None:
     assert result.layers >= 12 and result.error is not None and result.error < 0.02
 
 
-def test_mixed_schemes_are_groups_of_layers(tmp_path: Path) -> None:
+def test_a_quantized_head_and_a_config_without_a_dtype(tmp_path: Path) -> None:
     model = llama()
-    fast = compiled(model, head=True, **W4)
-    graphopt.export_huggingface(fast, tmp_path / "a", model)
+    model.config.dtype = None
+    graphopt.export_huggingface(compiled(model, head=True, **W4), tmp_path / "a", model)
     again: Any = load_model(tmp_path / "a").module
-    first = again.model.layers[0].mlp.up_proj
-    assert type(again.lm_head) is type(first)
+    assert type(again.lm_head) is type(again.model.layers[0].mlp.up_proj)
     _, config = held(tmp_path / "a")
     assert config["ignore"] == [] and config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    facts = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert facts["dtype"] == "float32"  # else readers take that of the scales
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_mixed_schemes_are_read_as_they_were_written(form: str) -> None:
+    model = llama()
+    layers = linears(model)
+    schemes = [Scheme(8) if "q_proj" in n else Scheme(4, group_size=32) for n in layers]
+    products = {
+        name: Product(quantize(layer.weight.detach(), scheme), "none", None)
+        for (name, layer), scheme in zip(layers.items(), schemes, strict=True)
+    }
+    del products["model.layers.0.mlp.up_proj"]
+    said = declared(written(products, model, form).config, "config.json")
+    for name in [*layers, "lm_head"]:
+        layout: Any = said.layout(name)
+        if name not in products:
+            assert layout is None
+        else:
+            scheme = products[name].weight.scheme
+            assert (layout.bits, layout.group_size) == (scheme.bits, scheme.group_size)
 
 
 def test_conv1d_of_gpt2_is_written_as_gptq_alone(tmp_path: Path) -> None:
