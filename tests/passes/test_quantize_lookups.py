@@ -160,7 +160,7 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize(("skip", "left"), PATTERNS, ids=str)
+@pytest.mark.parametrize(("skip", "left"), PATTERNS, ids=[str(p) for p, _ in PATTERNS])
 def test_weights_are_skipped_by_name(skip: Any, left: set[str]) -> None:
     fast = quantized(Tied(), words(), head=True, embeddings=True, skip=skip)
     assert kept(fast) == left
