@@ -37,6 +37,7 @@ class Context:
 
     Attributes:
         strict: raise on the first rewrite that does not verify, instead of taking it back.
+        judged: the user's own measure decides how far lossy rewrites may go together.
         measure: time rewrites and keep only those that pay.
         inputs: sets of flat user inputs; the first is the captured one.
         skipped: in words, inputs that the model itself refuses.
@@ -47,6 +48,7 @@ class Context:
     inputs: list[list[Any]]
     strict: bool = False
     measure: bool = True
+    judged: bool = False
     stopwatch: Stopwatch | None = None
     progress: Progress = lambda _text: None
     report: Report = field(default_factory=lambda: Report("model"))
@@ -252,7 +254,7 @@ def _taken_back(step: Pass, verdict: Verdict) -> MissedRewrite:
         failure(verdict),
         rewrite.key[1][0],
         rewrite.source,
-        "measure=False" if verdict.ok else None,
+        "measure=False" if verdict.ok else rewrite.rule.lift,
         stage,
     )
 
@@ -272,12 +274,13 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
 
     Gradients that operators filter are compared in full: what filters may leave out is stated, and
     held to, where they stand. Where lossy rewrites were applied, outputs may be off by `LOSS` times
-    what these were measured to come to, and by what one of them may be.
+    what these were measured to come to, and by what one of them may be; but not by more than they
+    are large, unless the user judges that.
     """
     if context.thin is not None:
         original, optimized = context.thin.original, context.thin.program
     optimized = full_program(optimized)
-    tolerance = _loss(context.report.losses)
+    tolerance = _loss(context.report.losses, math.inf if context.judged else 1.0)
     sound = True
     for inputs in context.inputs:
         certificate, ok = _certify_once(original, optimized, inputs, tolerance, name)
@@ -286,12 +289,12 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
     return sound
 
 
-def _loss(lossy: Sequence[Certificate]) -> float | None:
+def _loss(lossy: Sequence[Certificate], most: float) -> float | None:
     """What outputs may be off by, relative; ``None`` where nothing lossy was applied."""
     if not lossy:
         return None
     total = math.hypot(*(c.error for c in lossy))
-    return min(1.0, max(LOSS * total, *(c.bound for c in lossy)))
+    return min(most, max(LOSS * total, *(c.bound for c in lossy)))
 
 
 def _certify_once(

@@ -94,7 +94,10 @@ def rewrite_program(
     captured = _certify_capture(program, eager, report)
     program = _conceded(program, passes)
     thin = thinned(program, passes, report.notes)
-    context = Context.of(program, thin, strict=options.strict, measure=options.measure)
+    judged = options.quality is not None
+    context = Context.of(
+        program, thin, strict=options.strict, measure=options.measure, judged=judged
+    )
     context.samples = _bound(program, options.calibration)
     context.inputs += _trials(program, context.samples[:CALIBRATION_SETS], thin)
     context.report, context.progress = report, options.progress

@@ -78,6 +78,7 @@ class Rule:
         benefit: larger wins where matches overlap.
         version: raised when the rule's behaviour changes; kept in certificates.
         tolerance: for lossy rules, the largest relative RMS error.
+        lift: the option that allows a larger one.
         gradient_tolerance: for rules whose operators filter their gradients, the largest relative
             RMS error of these. Without the filter they are held to `numeric`.
         caveat: what certificates say of it.
@@ -93,6 +94,7 @@ class Rule:
     benefit: ClassVar[int] = 1
     version: ClassVar[int] = 1
     tolerance: float = 0.0
+    lift: ClassVar[str | None] = None
     gradient_tolerance: ClassVar[float] = 0.0
     caveat: ClassVar[str] = ""
     near: ClassVar[float] = 0.6

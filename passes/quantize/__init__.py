@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,8 @@ class QuantizeMatmul(Pass):
         skip: weights to leave alone: patterns, as `fnmatch` reads them, of their names or of the
             modules that they lie in, such as ``"lm_head"`` or ``"model.layers.*.down_proj"``.
             Weights that were merged or folded are found by the names they had.
+        tolerance: largest relative error of a product; weights with which it is larger are kept.
+            Default: two and a half times that of random weights in this format.
 
     Raises:
         ValueError: the fields do not go together; the message says what does.
@@ -54,8 +57,11 @@ class QuantizeMatmul(Pass):
     embeddings: bool = False
     head: bool = False
     skip: str | Sequence[str] = ()
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance is a positive number, not {self.tolerance!r}")
         patterns = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"skip is a sequence of patterns of names, not {self.skip!r:.80}")
@@ -75,7 +81,9 @@ class QuantizeMatmul(Pass):
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.scheme, methods(self.method), self.activations or "none")
+        return Settings(
+            self.scheme, methods(self.method), self.activations or "none", self.tolerance
+        )
 
     @property
     def scope(self) -> Scope:

@@ -49,6 +49,7 @@ class QuantizeLinear(Rule):
     """
 
     profit = Profit.ALWAYS
+    lift = "QuantizeMatmul:tolerance"
     numeric = Numeric.LOSSY
     folds = False
     apart = True
@@ -59,7 +60,8 @@ class QuantizeLinear(Rule):
         loss = SPARE * ROUNDING * 2 ** (8 - scheme.bits)
         if scheme.dtype != "int" and scheme.bits == 8:
             loss *= 4  # E4M3 has 3 bits behind the point
-        self.tolerance = min(0.9, loss + (ACTIVATIONS if activations != "none" else 0.0))
+        usual = min(0.9, loss + (ACTIVATIONS if activations != "none" else 0.0))
+        self.tolerance = usual if settings.tolerance is None else settings.tolerance
 
     def prepare(self) -> Iterable[Pass]:
         return (Canonicalize(),)

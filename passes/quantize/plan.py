@@ -66,6 +66,7 @@ class Settings:
     scheme: Scheme
     methods: Methods
     activations: str = "none"
+    tolerance: float | None = None
 
 
 class _Calibration:

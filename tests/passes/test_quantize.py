@@ -157,3 +157,52 @@ def test_through_inductor(options: dict[str, Any]) -> None:
 def test_options_that_do_not_fit_are_errors(text: str, reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         parse_pass(text)
+
+
+def test_a_tolerance_lifts_what_keeps_a_weight() -> None:
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(3, 9, WIDTH)
+    with torch.no_grad():
+        model.up.weight[:, ::8] *= 15  # large weights of small inputs take the range
+        model.norm.weight[::8] /= 30
+    options: dict[str, Any] = {"bits": 4, "activations": None}
+    kept = quantized(model, x, **options)
+    missed = [m for m in kept.report.missed if "error above the bound" in m.reason]
+    assert [m.option for m in missed] == ["QuantizeMatmul:tolerance"]
+    assert [a.rule for a in kept.report.applied].count("QuantizeLinear") == 1
+    lifted = quantized(model, x, **options, tolerance=0.9)
+    assert [a.rule for a in lifted.report.applied].count("QuantizeLinear") == 2
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="tolerance is a positive number"):
+            QuantizeMatmul(tolerance=wrong)
+
+
+def test_the_users_own_measure_decides_how_far_the_whole_may_go() -> None:
+    """Layers that magnify errors, in 2 bits: nothing is left of the output."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(8)])
+    with torch.no_grad():
+        for layer in deep:
+            layer[0].weight.mul_(6)
+    x = torch.randn(5, WIDTH)
+    step = QuantizeMatmul(bits=2, group_size=32, activations=None, tolerance=0.9)
+    with pytest.raises(VerificationError, match="error above the bound"):
+        graphopt.compile(deep.eval(), example_inputs=(x,), passes=[step], measure=False)
+    judged = graphopt.compile(
+        deep.eval(),
+        example_inputs=(x,),
+        passes=[step],
+        measure=False,
+        quality=lambda module: float(module(x).std()),
+        budget=0.5,
+    )
+    assert max(w.error for w in judged.report.whole) > 1
+    with pytest.raises(VerificationError, match="quality fell"):
+        graphopt.compile(
+            deep.eval(),
+            example_inputs=(x,),
+            passes=[step],
+            measure=False,
+            quality=lambda module: -float((module(x) - deep(x)).norm()),
+            budget=1e-3,
+        )
