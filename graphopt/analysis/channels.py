@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import getitem
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +27,7 @@ from graphopt.room import extent
 aten = torch.ops.aten
 NONE = -1
 
-Labels = Tensor
+Labels: TypeAlias = Tensor
 """int64, of the value's shape as it was captured."""
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graphopt.kernels.quantized import paths
 from graphopt.kernels.quantized.autograd import autocast, refuse_stored
+from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.choice import choose
 from graphopt.kernels.quantized.operator import SCHEME, WEIGHT, check_call, library
 from graphopt.kernels.quantized.scheme import Scheme
@@ -119,7 +120,7 @@ def _experts(
     check_call(input, None, codes.shape[0], scheme, activations)
     (total, width), outputs = input.shape, codes.shape[0] // experts
     weight = QuantizedWeight(scheme, width, codes, scales, zeros, tensor_scale)
-    case = paths.Case(scheme, "plain", activations, input.dtype, input.device.type, outputs, width)
+    case = Case(scheme, "plain", activations, input.dtype, input.device.type, outputs, width)
     made = input.new_zeros((total, outputs))
     with torch.no_grad():
         for rows, part in _parts(total, offsets, weight, experts):

@@ -115,7 +115,7 @@ class _Product:
         return made.scatter_reduce(0, self.labels[mine], values[mine], how, include_self=False)
 
 
-def _aware(scheme: Scheme, products: Sequence[_Product], free: Tensor) -> Tensor | None:
+def _aware(scheme: Scheme, products: Sequence[_Product], free: Tensor) -> Tensor:
     size = torch.stack(
         [p.by_channel(p.statistics.magnitude / p.statistics.rows, "mean") for p in products]
     ).amax(0)
