@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -112,11 +113,15 @@ class LargeProduct:
 
 
 def _most_rows(node: fx.Node) -> int:
-    """Rows of the first value, upwards from rows that were selected, whose sizes are known."""
-    while any(map(has_free_unbacked_symbols, val(node).shape)):
-        above = (a for a in node.all_input_nodes if isinstance(val(a), torch.Tensor))
-        node = next(above)
-    return prod(map(extent, val(node).shape[:-1]))
+    """Rows of the nearest value, upwards from rows that were selected, whose sizes are known."""
+    queue = deque([node])
+    while queue:
+        node = queue.popleft()
+        fake = val(node)
+        if isinstance(fake, torch.Tensor) and not any(map(has_free_unbacked_symbols, fake.shape)):
+            return prod(map(extent, fake.shape[:-1]))
+        queue.extend(node.all_input_nodes)
+    return 0  # of no value that is known
 
 
 def large_products(program: Program) -> Iterator[LargeProduct]:

@@ -153,3 +153,30 @@ def test_steps_through_dynamo(name: str, fresh_dynamo: None) -> None:
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
     (report,) = backend.reports
     assert {"SelectFirst", "FuseRowSummaries"} <= {a.rule for a in report.applied}
+
+
+class Routed(nn.Module):
+    """Rows of two experts, as many as their labels say, each with a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 32) for _ in range(2))
+
+    def forward(self, x, labels):
+        counts = [(labels == expert).sum().item() for expert in range(2)]
+        for count in counts:
+            torch._check(count >= 0)
+            torch._check(count <= x.shape[0])
+        torch._check(counts[0] + counts[1] == x.shape[0])
+        parts = x[labels.argsort()].split(counts)
+        sums = [e(p).exp().sum() for e, p in zip(self.experts, parts, strict=True)]
+        return torch.stack(sums)
+
+
+def test_rows_of_parts_whose_sizes_values_decide():
+    torch.manual_seed(0)
+    model, inputs = Routed().eval(), (torch.randn(6, 8), torch.tensor([0, 1, 1, 0, 1, 1]))
+    fast = graphopt.compile(model, example_inputs=inputs, passes=[FuseLossHead(min_bytes=0)])
+    assert fast.report.verified
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), model(*inputs))
