@@ -241,7 +241,8 @@ class _Recovery:
 
     def _rest(self) -> None:
         held = tuple(f"{module}." for module in self.found.products)
-        folded = {s for origin in self.program.origins.values() for s in origin.sources}
+        made = (o for o in self.program.origins.values() if o.operator)
+        folded = {source for origin in made for source in origin.sources}
         for name, value in self.saved.items():
             if name in self.found.floats or name.startswith(held) or self._is_stored(name):
                 continue
