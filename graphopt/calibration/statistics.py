@@ -16,6 +16,7 @@ class Statistics:
             y that an error E of W makes is ``(E @ moment * E).sum()``.
         magnitude: ``(K,)``, float32: the sum of ``|x|``.
         largest: ``(K,)``, float32: the largest ``|x|``.
+        spike: ``(K,)``, float32: the row that holds the largest ``|x|``.
         rows: how many there were.
     """
 
@@ -23,6 +24,7 @@ class Statistics:
         self.moment = torch.zeros(width, width, device=device)
         self.magnitude = torch.zeros(width, device=device)
         self.largest = torch.zeros(width, device=device)
+        self.spike = torch.zeros(width, device=device)
         self.rows = 0
 
     @classmethod
@@ -52,6 +54,9 @@ class Statistics:
             return False
         self.magnitude += size.sum(0)
         if len(rows):
+            highest = size.amax(1)
+            if highest.max() > self.largest.max():
+                self.spike = rows[highest.argmax()].clone()
             torch.maximum(self.largest, size.amax(0), out=self.largest)
         if importance is not None:
             rows = rows * importance.reshape(-1, 1).to(rows).sqrt()

@@ -15,6 +15,7 @@ from graphopt.errors import ExportError
 from graphopt.interchange.folder import is_linear, sizes
 from graphopt.interchange.modules import QuantizedEmbedding, QuantizedLinear
 from graphopt.kernels.quantized import QuantizedWeight, Scheme
+from graphopt.kernels.quantized.remainder import REMAINDER
 from graphopt.program import Program
 from graphopt.rewrite import arguments
 
@@ -69,6 +70,7 @@ class _Recovery:
         """Names of the program's state that stand under a name of the model."""
 
     def run(self) -> Recovered:
+        self._refuse_remainders()
         for node in self.program.graph.nodes:
             if node.target is ops.quantized_linear.default:
                 self._quantized(node)
@@ -79,6 +81,17 @@ class _Recovery:
         self._folded_elsewhere()
         self._rest()
         return self.found
+
+    def _refuse_remainders(self) -> None:
+        """What stands beside codes would be lost without a word."""
+        for name, origin in self.program.origins.items():
+            if origin.operator == REMAINDER and name in self.program.state:
+                raise ExportError(
+                    f"{origin.sources[0]} has numbers beside its codes ({name}): the formats of "
+                    "checkpoints have no place for them",
+                    where=origin.sources[0],
+                    fix="quantize without the methods outliers and lowrank, or save a .pt2",
+                )
 
     def _quantized(self, node: fx.Node) -> None:
         given = arguments(node)

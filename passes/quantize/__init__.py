@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.split import Beside
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
 from graphopt.passes.quantize.methods import methods
 from graphopt.passes.quantize.names import Scope, Skip
@@ -18,6 +19,9 @@ from graphopt.program import Program
 from graphopt.rewrite import Pass, Rule
 
 __all__ = ["QuantizeMatmul"]
+
+SHARE, RANK = 0.01, 8
+"""Defaults of `QuantizeMatmul.outliers` and `QuantizeMatmul.rank`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,19 @@ class QuantizeMatmul(Pass):
             ``"mxfp4"``, ``"nvfp4"``.
         method: ``"rtn"`` rounds to nearest, below eight bits after a search for the range of each
             group; ``"hqq"`` optimises zero points (Badri & Shaji 2023); ``"gptq"`` makes the error
-            of products on calibration inputs small (Frantar et al. 2023).
+            of products on calibration inputs small (Frantar et al. 2023). ``"awq"`` and
+            ``"smoothquant"`` scale channels before, which needs calibration inputs too.
+            ``"outliers"`` keeps what suffers most in floats and ``"lowrank"`` adds a correction of
+            low rank, both beside the product; the rest is rounded with them in view, by any of the
+            others. They see what matters on calibration inputs, if there are any. Several are
+            given as a sequence, or ``"gptq+outliers"``; the order of names means nothing.
+        outliers: how much of each weight ``"outliers"`` keeps: a share (0.01 if not given) or, from
+            1 up, a count. Numbers that spikes of activations hang on (super weights, Yu et al.
+            2024) are always kept where there are calibration inputs; with 0 they alone.
+        outlier_kind: what is kept: ``"columns"``, whole inputs (OWQ, Lee et al. 2024), or single
+            ``"numbers"`` (SqueezeLLM, Kim et al. 2024): about as near at the same size, but their
+            product is sparse, and slower.
+        rank: of the correction of ``"lowrank"`` (LoRC, Yao et al. 2023); 8 if not given.
         embeddings: store what embeddings look up in few bits too. A table that a head shares is
             stored once, and needs ``head`` besides.
         head: quantize a product that is an output of the model too.
@@ -54,6 +70,9 @@ class QuantizeMatmul(Pass):
     symmetric: bool = True
     dtype: Literal["int", "nf4", "fp4", "fp8", "mxfp4", "nvfp4"] = "int"
     method: str | Sequence[str] = "rtn"
+    outliers: float | None = None
+    outlier_kind: Literal["columns", "numbers"] = "columns"
+    rank: int | None = None
     embeddings: bool = False
     head: bool = False
     skip: str | Sequence[str] = ()
@@ -75,6 +94,20 @@ class QuantizeMatmul(Pass):
         if methods(self.method).rounding == "hqq" and self.symmetric:
             raise ValueError("method hqq optimises zero points: give symmetric=False, dtype='int'")
 
+        self._check_beside()
+
+    def _check_beside(self) -> None:
+        """Options of methods that are not asked for are mistakes."""
+        kinds, share = methods(self.method).beside, self.outliers
+        if "outliers" not in kinds and (share is not None or self.outlier_kind != "columns"):
+            raise ValueError("outliers and outlier_kind are options of method='outliers'")
+        if share is not None and (share < 0 or (share >= 1 and share != round(share))):
+            raise ValueError(f"outliers={share} is no share below 1, nor a count")
+        if "lowrank" not in kinds and self.rank is not None:
+            raise ValueError("rank is an option of method='lowrank'")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank} is not 1 or more")
+
     @property
     def scheme(self) -> Scheme:
         return Scheme(self.bits, self.dtype, self.group_size, self.symmetric)
@@ -82,7 +115,21 @@ class QuantizeMatmul(Pass):
     @property
     def settings(self) -> Settings:
         return Settings(
-            self.scheme, methods(self.method), self.activations or "none", self.tolerance
+            self.scheme,
+            methods(self.method),
+            self.activations or "none",
+            beside=self._beside,
+            tolerance=self.tolerance,
+        )
+
+    @property
+    def _beside(self) -> Beside:
+        kinds = methods(self.method).beside
+        share = SHARE if self.outliers is None else self.outliers
+        return Beside(
+            share if "outliers" in kinds else None,
+            self.outlier_kind,
+            (self.rank or RANK) if "lowrank" in kinds else None,
         )
 
     @property

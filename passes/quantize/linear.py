@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.passes.canonicalize import Canonicalize
-from graphopt.passes.quantize import embedding, examples, sharing
+from graphopt.passes.quantize import embedding, examples, remainder, sharing
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.plan import Plan, Settings, rounded
 from graphopt.passes.quantize.refusals import constant_refusal, numbers_refusal, readers
@@ -45,7 +45,8 @@ class QuantizeLinear(Rule):
     ``Q`` is what the plan has for a weight, and else rounds it; with activations in 8 bits each row
     of ``x`` has a scale of its own (Yao et al. 2022, ZeroQuant, section 4.1). All that read one
     weight are rewritten together, its look-ups too where embeddings are in scope: a tied head is
-    stored once. A weight with which the error on the inputs at hand is above `tolerance` is kept.
+    stored once. What the plan has beside ``Q`` is added to the product (see `remainder`). A weight
+    with which the error on the inputs at hand is above `tolerance` is kept.
     """
 
     profit = Profit.ALWAYS
@@ -85,7 +86,8 @@ class QuantizeLinear(Rule):
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]
         held = self.stored(weight, match.program.tensor(weight), build)
-        return tuple(self._call(node, held, build) for node in match.nodes)
+        beside = self._beside(weight, build)
+        return tuple(self._call(node, held, beside, build) for node in match.nodes)
 
     def stored(self, weight: fx.Node, matrix: Tensor, build: Builder) -> dict[str, fx.Node]:
         """A weight, as the matrix ``(N, K)``, in few bits: the state that holds it."""
@@ -94,14 +96,21 @@ class QuantizeLinear(Rule):
         tensors = found.tensors.items()
         return {k: build.state(f"{name}_{k}", tensor, (weight,)) for k, tensor in tensors}
 
-    def _call(self, node: fx.Node, held: dict[str, fx.Node], build: Builder) -> fx.Node:
+    def _beside(self, weight: fx.Node, build: Builder) -> remainder.Held:
+        name = build.program.target_of(weight) or weight.name
+        apart = self.settings.activations != "none"
+        return remainder.hold(self.plan.remainders.get(name, ()), weight, build, apart=apart)
+
+    def _call(
+        self, node: fx.Node, held: dict[str, fx.Node], beside: remainder.Held, build: Builder
+    ) -> fx.Node:
         build.anchor = node
         if node.target is aten.embedding.default:
             return embedding.call(node, held, self.settings.scheme, build)
         given, scheme = arguments(node), self.settings.scheme
         made: fx.Node = build(
             torch.ops.graphopt.quantized_linear.default,
-            given["input"],
+            beside.quantized(given["input"], build),
             *(held.get(k) for k in ("codes", "scales", "zeros", "tensor_scale")),
             given["bias"],
             scheme.bits,
@@ -110,7 +119,7 @@ class QuantizeLinear(Rule):
             scheme.symmetric,
             self.settings.activations,
         )
-        return made
+        return beside.add(made, given["input"], build)
 
     def remark(self, match: Match) -> str:
         fake = val(match["weight"])
@@ -120,11 +129,12 @@ class QuantizeLinear(Rule):
         return f"{told}; {note}" if note else told
 
     def _note(self, name: str) -> str:
-        """Where a method gave way."""
-        calibrated = self.settings.methods.calibrated
-        if name in self.plan.weights or not calibrated:
+        """What a method came to, or where it gave way."""
+        methods = self.settings.methods
+        named = (*methods.calibrated, *methods.beside)
+        if name in self.plan.weights or not named:
             return self.plan.notes.get(name, "")
-        return f"{' and '.join(calibrated)} calibrates layers of one matrix: it is rounded alone"
+        return f"{' and '.join(named)} calibrates layers of one matrix: it is rounded alone"
 
     def examples(self) -> Iterable[Example]:
         return examples.examples()

@@ -11,10 +11,13 @@ ROUNDING = ("rtn", "hqq", "gptq")
 SCALING = ("awq", "smoothquant")
 """Factors that are moved between layers before: one of these, or none."""
 
+BESIDE = ("outliers", "lowrank")
+"""What stands beside codes and makes good what they lose: any of these."""
+
 CALIBRATED = frozenset({"gptq", *SCALING})
 """Methods that learn from calibration inputs."""
 
-METHODS = (*ROUNDING, *SCALING)
+METHODS = (*ROUNDING, *SCALING, *BESIDE)
 
 
 class Methods(NamedTuple):
@@ -22,6 +25,7 @@ class Methods(NamedTuple):
 
     rounding: str
     scaling: str | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def calibrated(self) -> tuple[str, ...]:
@@ -41,7 +45,9 @@ def methods(given: str | Sequence[str]) -> Methods:
     if len(set(names)) < len(names):
         raise ValueError(f"method {'+'.join(names)} names a method twice")
     return Methods(
-        _one(names, ROUNDING, "round weights") or "rtn", _one(names, SCALING, "scale channels")
+        _one(names, ROUNDING, "round weights") or "rtn",
+        _one(names, SCALING, "scale channels"),
+        tuple(name for name in BESIDE if name in names),
     )
 
 

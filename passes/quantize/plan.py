@@ -13,12 +13,15 @@ from torch import Tensor, fx
 from graphopt.kernels.quantized.autograd import linear
 from graphopt.kernels.quantized.gptq import gptq
 from graphopt.kernels.quantized.hqq import hqq
+from graphopt.kernels.quantized.remainder import Columns, Part
 from graphopt.kernels.quantized.rounding import Clip, quantize
 from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.split import Beside, Seen, Split, split
 from graphopt.kernels.quantized.weight import QuantizedWeight
+from graphopt.passes.quantize import remainder
 from graphopt.passes.quantize.methods import Methods
 from graphopt.passes.quantize.observed import Observed
-from graphopt.program import Program
+from graphopt.program import Program, val
 from graphopt.rewrite import Match
 
 Progress = Callable[[str], None]
@@ -26,18 +29,29 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What calibration made of weights, by their names; ``notes`` say where it had to give way."""
+    """What calibration made of weights, by their names, and what stands beside their codes.
+
+    ``notes`` say what that takes, and where a method had to give way.
+    """
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    remainders: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
-def rounded(weight: Tensor, scheme: Scheme, methods: Methods) -> QuantizedWeight:
-    """A weight by itself: to nearest, after a search for ranges below 8 bits, or by HQQ."""
+def rounded(
+    weight: Tensor, scheme: Scheme, methods: Methods, moment: Tensor | None = None
+) -> QuantizedWeight:
+    """A weight by itself: to nearest, after a search for ranges below 8 bits, or by HQQ; by GPTQ
+    where the second moment of its inputs is known, which else counts in the search."""
     clip: Clip = "search" if scheme.packed else "none"
     if methods.rounding == "hqq":
         return hqq(weight, scheme, clip)
-    return quantize(weight, scheme, clip)
+    if moment is None:
+        return quantize(weight, scheme, clip)
+    if methods.rounding == "gptq":
+        return gptq(weight, scheme, moment)
+    return quantize(weight, scheme, "search", moment.diagonal())
 
 
 def calibrate(
@@ -51,7 +65,7 @@ def calibrate(
 
     Args:
         matches: products on one weight each, under ``"weight"``.
-        samples: flat user inputs.
+        samples: flat user inputs; without any, each weight is seen alone.
 
     Raises:
         GraphoptError: samples hold NaN where a weight is calibrated, or the model fails on one.
@@ -61,12 +75,40 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Settings:
-    """Scheme of the weights, how they get there, and whether activations are quantized too."""
+    """Scheme of the weights, how they get there, whether activations are quantized too, and what
+    stands beside codes."""
 
     scheme: Scheme
     methods: Methods
     activations: str = "none"
+    beside: Beside = field(default_factory=Beside)
     tolerance: float | None = None
+
+
+def made(
+    weight: Tensor, settings: Settings, seen: Seen | None = None, *, looked_up: bool = False
+) -> tuple[Split, str]:
+    """A weight as codes and what stands beside them, and what there is to say of it.
+
+    Args:
+        seen: inputs of its products, where there were any.
+        looked_up: embeddings read the weight too, so that nothing can stand beside its codes.
+    """
+    kind = partial(rounded, scheme=settings.scheme, methods=settings.methods)
+    moment = None if seen is None else seen.moment
+    if not settings.beside:
+        return Split(kind(weight, moment=moment)), ""
+    if looked_up:
+        reason = "it is looked up too: nothing stands beside it"
+        return Split(kind(weight, moment=moment)), reason
+    apart = settings.activations != "none"
+    found = split(weight, lambda w, m: kind(w, moment=m), settings.beside, seen, apart=apart)
+    if found.nbytes >= weight.nbytes:
+        reason = f"codes and what is asked for beside them would take {found.nbytes} bytes"
+        return Split(
+            kind(weight, moment=moment)
+        ), f"{reason}, as floats {weight.nbytes}: codes only"
+    return found, remainder.told(found.parts, found.super_weights)
 
 
 class _Calibration:
@@ -78,45 +120,56 @@ class _Calibration:
         settings: Settings,
     ) -> None:
         self.program, self.settings = program, settings
+        self.looked_up = {m["weight"] for m in matches if len(products_of(m)) < len(m.nodes)}
         self.weight_of = {node: m["weight"] for m in matches for node in products_of(m)}
         self.observed = Observed(program, samples, self.weight_of)
-        self.weights: dict[str, QuantizedWeight] = {}
+        self.blind = not samples
+        self.made: dict[str, Split] = {}
         self.notes: dict[str, str] = {}
 
     def run(self, progress: Progress) -> Plan:
-        total = len(set(self.weight_of.values()))
-        while self.observed.left:
+        weights = dict.fromkeys(self.weight_of.values())
+        if self.blind:
+            for weight in weights:
+                self._make(weight, None)
+        while self.observed.left and not self.blind:
             weight = self.weight_of[self.observed.next()]
             pending = {self.weight_of[n] for n in self.observed.left}
             if weight in pending:  # calibrated where it is read last
                 continue
             self._quantize(weight)
             self.observed.keep(n for n, w in self.weight_of.items() if w in pending)
-            progress(f"calibrated {len(self.weights)} of {total} weights")
-        return Plan(self.weights, self.notes)
+            progress(f"calibrated {len(self.made)} of {len(weights)} weights")
+        codes = {name: split.weight for name, split in self.made.items()}
+        return Plan(codes, {name: split.parts for name, split in self.made.items()}, self.notes)
 
     def _quantize(self, weight: fx.Node) -> None:
-        name = self.program.target_of(weight) or weight.name
-        tensor, stream = self.program.state[name], self.observed.stream
         products = [n for n, w in self.weight_of.items() if w is weight]
-        stored = self._stored(name, tensor, products)
-        self.weights[name] = stored
+        found, stream = self._make(weight, self._seen(products)), self.observed.stream
         if self.settings.activations == "none":
-            stream.weight(weight, stored.dequantize(tensor.dtype))
+            stream.weight(weight, found.dense().to(val(weight).dtype))
             return
         for product in products:
-            stream.replace(product, partial(_product, stored, self.settings.activations))
+            stream.replace(product, partial(_product, found, self.settings.activations))
 
-    def _stored(self, name: str, weight: Tensor, products: Sequence[fx.Node]) -> QuantizedWeight:
-        scheme, methods = self.settings.scheme, self.settings.methods
-        seen = self.observed.of(products)
-        if not sum(s.rows for s in seen):
-            self.notes[name] = f"`{name}` saw no calibration rows: it is rounded to nearest"
-            return rounded(weight, scheme, methods)
-        moment = sum((s.moment for s in seen[1:]), seen[0].moment)
-        if methods.rounding == "gptq":
-            return gptq(weight, scheme, moment)
-        return quantize(weight, scheme, "search", moment.diagonal())
+    def _seen(self, products: Sequence[fx.Node]) -> Seen | None:
+        found = self.observed.of(products)
+        if not sum(s.rows for s in found):
+            return None
+        moment = sum((s.moment for s in found[1:]), found[0].moment)
+        return Seen(moment, max((s.spike for s in found), key=lambda row: float(row.abs().max())))
+
+    def _make(self, weight: fx.Node, seen: Seen | None) -> Split:
+        name = self.program.target_of(weight) or weight.name
+        looked_up = weight in self.looked_up
+        found, note = made(self.program.state[name], self.settings, seen, looked_up=looked_up)
+        if seen is None and not self.blind:
+            none = f"`{name}` saw no calibration rows: it is rounded to nearest"
+            note = f"{none}; {note}" if note else none
+        self.made[name] = found
+        if note:
+            self.notes[name] = note
+        return found
 
 
 def products_of(match: Match) -> list[fx.Node]:
@@ -125,6 +178,12 @@ def products_of(match: Match) -> list[fx.Node]:
 
 
 def _product(
-    stored: QuantizedWeight, activations: str, x: Tensor, _weight: Tensor, bias: Any = None
+    found: Split, activations: str, x: Tensor, _weight: Tensor, bias: Any = None
 ) -> Tensor:
-    return linear(x, stored, bias, activations)
+    """As the rule has it: columns in floats are none of the quantized input."""
+    given = x
+    for part in found.parts:
+        if isinstance(part, Columns):
+            given = x.index_fill(-1, part.places, 0.0)
+    product = linear(given, found.weight, bias, activations)
+    return product + remainder.product(found.parts, x)

@@ -50,10 +50,10 @@ class QuantizeWeights(Pass):
         progress: Callable[[str], None],
     ) -> Pass:
         methods = self.settings.methods.calibrated
-        if not methods:
+        if not (methods or self.settings.beside):
             return self
         matches = self.matches(program)
-        if matches:
+        if matches and methods:
             require_samples(samples, methods, self.name)
         plan = calibrate(program, matches, samples, self.settings, progress) if matches else Plan()
         return replace(self, plan=plan)
