@@ -212,6 +212,13 @@ def check_program(program: Program) -> None:
             are computed or laid out for one machine.
     """
     calls_of(program)
+    if sparse := [name for name in program.state if "_numbers_starts" in name]:
+        weight = sparse[0].partition("_numbers_starts")[0]
+        raise ExportError(
+            f"{weight} keeps single numbers beside its codes, and ONNX has no sparse product",
+            where=weight,
+            fix="quantize with outlier_kind='columns', or save a .pt2",
+        )
     kinds = {"quantized_experts": "mixtures of experts", "quantized_conv": "convolutions"}
     found = {str(getattr(n.target, "_opname", "")) for n in program.graph.nodes}
     if told := [told for name, told in kinds.items() if name in found]:

@@ -111,6 +111,7 @@ class LowRank(Part):
 
 def stored(values: Tensor, like: torch.dtype) -> Tensor:
     """Float32 numbers as they are kept beside a weight of a dtype."""
+    values = values.contiguous()  # files hold whole tensors
     if like != torch.float32:
         return values.to(like)
     fits = not values.numel() or float(values.abs().max()) <= torch.finfo(torch.float16).max

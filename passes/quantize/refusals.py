@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.kernels.quantized.remainder import REMAINDER
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.program import Program
 from graphopt.rewrite import Refusal, arguments
@@ -37,10 +38,18 @@ def numbers_refusal(matrix: Tensor, scheme: Scheme, weight: fx.Node) -> Refusal 
     return None
 
 
+def _is_remainder(program: Program, weight: fx.Node) -> bool:
+    origin = program.origins.get(program.target_of(weight) or "")
+    return origin is not None and origin.operator == REMAINDER
+
+
 def readers(program: Program, target: Any) -> dict[fx.Node, list[fx.Node]]:
-    """Calls of an operator on a weight of the model, by weight, in graph order."""
+    """Calls of an operator on a weight of the model, by weight, in graph order.
+
+    What was put beside codes to make good what they lose is none.
+    """
     found: dict[fx.Node, list[fx.Node]] = {}
-    weights = program.weights()
+    weights = {w for w in program.weights() if not _is_remainder(program, w)}
     for node in program.graph.find_nodes(op="call_function", target=target):
         weight = arguments(node)["weight"]
         if weight in weights:
