@@ -20,6 +20,7 @@ from graphopt.emit.onnx_variants import separate_projections
 from graphopt.emit.unchunked import unchunked
 from graphopt.errors import ExportError
 from graphopt.files import atomic_path
+from graphopt.kernels.quantized.remainder import weight_beside
 from graphopt.program import Assumption, Program
 from graphopt.verify.timing import Pace, interleaved
 
@@ -212,8 +213,9 @@ def check_program(program: Program) -> None:
             are computed or laid out for one machine.
     """
     calls_of(program)
-    if sparse := [name for name in program.state if "_numbers_starts" in name]:
-        weight = sparse[0].partition("_numbers_starts")[0]
+    sparse = (name for name in program.state if "_numbers_starts" in name)
+    weights = (weight_beside(name, program.state) for name in sparse)
+    if (weight := next(filter(None, weights), None)) is not None:
         raise ExportError(
             f"{weight} keeps single numbers beside its codes, and ONNX has no sparse product",
             where=weight,

@@ -15,7 +15,7 @@ from graphopt.errors import ExportError
 from graphopt.interchange.folder import is_linear, sizes
 from graphopt.interchange.modules import QuantizedEmbedding, QuantizedLinear
 from graphopt.kernels.quantized import QuantizedWeight, Scheme
-from graphopt.kernels.quantized.remainder import REMAINDER
+from graphopt.kernels.quantized.remainder import weight_beside
 from graphopt.program import Program
 from graphopt.rewrite import arguments
 
@@ -84,12 +84,12 @@ class _Recovery:
 
     def _refuse_remainders(self) -> None:
         """What stands beside codes would be lost without a word."""
-        for name, origin in self.program.origins.items():
-            if origin.operator == REMAINDER and name in self.program.state:
+        for name in self.program.state:
+            if (weight := weight_beside(name, self.program.state)) is not None:
                 raise ExportError(
-                    f"{origin.sources[0]} has numbers beside its codes ({name}): the formats of "
-                    "checkpoints have no place for them",
-                    where=origin.sources[0],
+                    f"{weight} has numbers beside its codes ({name}): the formats of checkpoints "
+                    "have no place for them",
+                    where=weight,
                     fix="quantize without the methods outliers and lowrank, or save a .pt2",
                 )
 

@@ -9,14 +9,15 @@ is off by far more.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-REMAINDER = "remainder"
-"""By which such tensors were computed from a weight, in a program's `origins`."""
+_NAMED = re.compile(r"_(columns|numbers|lowrank)_(places|values|starts|left|right|mask)(_\d+)?$")
 _SHORT = torch.iinfo(torch.int16).max
 
 
@@ -116,6 +117,17 @@ def stored(values: Tensor, like: torch.dtype) -> Tensor:
         return values.to(like)
     fits = not values.numel() or float(values.abs().max()) <= torch.finfo(torch.float16).max
     return values.to(torch.float16) if fits else values
+
+
+def name(weight: str, part: Part, tensor: str) -> str:
+    """What a tensor of a part is called in the state of a program."""
+    return f"{weight}_{type(part).__name__.lower()}_{tensor}"
+
+
+def weight_beside(held: str, names: Container[str]) -> str | None:
+    """The weight beside whose codes a tensor stands, going by names of state."""
+    base = _NAMED.sub("", held)
+    return base if base != held and f"{base}_codes" in names else None
 
 
 def _count(count: int, what: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.kernels.quantized.remainder import REMAINDER
+from graphopt.kernels.quantized.remainder import weight_beside
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.program import Program
 from graphopt.rewrite import Refusal, arguments
@@ -39,8 +39,7 @@ def numbers_refusal(matrix: Tensor, scheme: Scheme, weight: fx.Node) -> Refusal 
 
 
 def _is_remainder(program: Program, weight: fx.Node) -> bool:
-    origin = program.origins.get(program.target_of(weight) or "")
-    return origin is not None and origin.operator == REMAINDER
+    return weight_beside(program.target_of(weight) or "", program.state) is not None
 
 
 def readers(program: Program, target: Any) -> dict[fx.Node, list[fx.Node]]:

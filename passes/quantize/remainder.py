@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from graphopt.kernels.quantized.remainder import REMAINDER, Columns, LowRank, Numbers, Part
+from graphopt.kernels.quantized.remainder import Columns, LowRank, Numbers, Part, name
 from graphopt.program import val
 from graphopt.rewrite import Builder
 
@@ -46,22 +46,18 @@ def hold(parts: Sequence[Part], weight: fx.Node, build: Builder, *, apart: bool)
             in that, so that large ones do not make all others coarse (Dettmers et al. 2022,
             "LLM.int8()", section 3.2).
     """
-    name = build.program.target_of(weight) or weight.name
+    base = build.program.target_of(weight) or weight.name
     held, mask = [], None
     for part in parts:
-        kind = type(part).__name__.lower()
-        made = {k: _state(f"{name}_{kind}_{k}", t, weight, build) for k, t in part.tensors.items()}
+        tensors = part.tensors.items()
+        made = {k: build.state(name(base, part, k), t, (weight,)) for k, t in tensors}
         held.append((type(part), made))
         if apart and isinstance(part, Columns):
             fake = val(weight)
             ones = torch.ones(fake.shape[1], dtype=fake.dtype, device=part.places.device)
             zeroed = ones.index_fill(0, part.places, 0.0)
-            mask = _state(f"{name}_{kind}_mask", zeroed, weight, build)
+            mask = build.state(name(base, part, "mask"), zeroed, (weight,))
     return Held(held, mask)
-
-
-def _state(name: str, value: Tensor, weight: fx.Node, build: Builder) -> fx.Node:
-    return build.state(name, value, (weight,), REMAINDER)
 
 
 def _columns(x: fx.Node, held: dict[str, fx.Node], build: Builder) -> fx.Node:

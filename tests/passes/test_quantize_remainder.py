@@ -252,9 +252,12 @@ def test_layers_of_many_matrices_say_that_nothing_is_beside_them() -> None:
 
 
 def test_checkpoint_formats_have_no_place_for_it(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="numbers beside its codes") as caught:
-        recovered(quantized(**COLUMNS).program, model())
-    assert "without the methods" in str(caught.value.fix)
+    fast = quantized(**COLUMNS)
+    graphopt.save(fast, tmp_path / "fast.pt2")
+    for made in (fast, graphopt.load(tmp_path / "fast.pt2")):
+        with pytest.raises(ExportError, match="numbers beside its codes") as caught:
+            recovered(made.program, model())
+        assert "without the methods" in str(caught.value.fix)
 
 
 def test_options_and_methods_go_together() -> None:
