@@ -12,7 +12,7 @@ channels whose labels arrive there are *pinned*: their factor must be 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any, TypeAlias
@@ -40,6 +40,8 @@ class Channels:
         readers: products that take factors up, and the channel of each of their inputs, ``(K,)``.
         path: nodes between, in graph order; their values change.
         pins: nodes that pass factors no further -> why.
+        blocks: channels that lay side by side where values were summed up, as in a head of
+            attention, ``(D,)`` each.
     """
 
     producer: fx.Node
@@ -47,11 +49,17 @@ class Channels:
     readers: dict[fx.Node, Labels] = field(default_factory=dict)
     path: list[fx.Node] = field(default_factory=list)
     pins: dict[fx.Node, str] = field(default_factory=dict)
+    blocks: list[Labels] = field(default_factory=list)
 
 
-def follow(program: Program, producer: fx.Node) -> Channels:
-    """Follow the factors of what a node computes through the program."""
-    return _Walk(program, producer).run()
+def follow(program: Program, producer: fx.Node, *, linear: bool = False) -> Channels:
+    """Follow the factors of what a node computes through the program.
+
+    Args:
+        linear: only through what passes on any linear map of channels that lie side by side, such
+            as a rotation of those of ``blocks``.
+    """
+    return _Walk(program, producer, _LINEAR if linear else _RULES).run()
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -63,8 +71,8 @@ def source(node: fx.Node) -> fx.Node:
 
 
 class _Walk:
-    def __init__(self, program: Program, producer: fx.Node) -> None:
-        self.program = program
+    def __init__(self, program: Program, producer: fx.Node, rules: Mapping[Any, Step]) -> None:
+        self.program, self.rules = program, rules
         shape = shape_of(producer)
         count = shape[-1]
         self.found = Channels(producer, torch.ones(count, dtype=torch.bool))
@@ -83,7 +91,7 @@ class _Walk:
     def _visit(self, node: fx.Node) -> None:
         if node.target in _SIZES or (node.target is aten.linear.default and self._reads(node)):
             return
-        rule = _RULES.get(node.target)
+        rule = self.rules.get(node.target)
         made = rule(self, node) if rule is not None else None
         if made is None:
             for value in (self.labels[n] for n in node.all_input_nodes if n in self.labels):
@@ -166,6 +174,12 @@ def _divided(walk: _Walk, node: fx.Node) -> Any:
     return _scaled(walk, node) if walk.of(node.args[1]) is None else None
 
 
+def _scaled_evenly(walk: _Walk, node: fx.Node) -> Any:
+    """A value times or divided by a number."""
+    value, number = node.args[:2]
+    return walk.of(value) if isinstance(number, int | float) else None
+
+
 def _added(walk: _Walk, node: fx.Node) -> Any:
     """A sum of values with the same factors; where they differ, they must be 1."""
     left, right = (walk.of(a) for a in node.args[:2])
@@ -182,6 +196,7 @@ def _summed(walk: _Walk, node: fx.Node, values: Labels) -> Labels:
     apart = values != values[..., :1, :]
     walk.pin(values[apart.any(-2, keepdim=True).expand_as(values)], node, "it sums channels up")
     first = torch.where(apart.any(-2, keepdim=True), NONE, values[..., :1, :])
+    walk.found.blocks += first.reshape(-1, first.shape[-1]).unique(dim=0)
     return first.expand(shape_of(node))
 
 
@@ -195,7 +210,10 @@ def _multiplied(walk: _Walk, node: fx.Node) -> Any:
 
 def _attended(walk: _Walk, node: fx.Node) -> Any:
     values = walk.of(node.args[2])
-    if values is None or sum(n in walk.labels for n in node.all_input_nodes) > 1:
+    for other in node.all_input_nodes:
+        if other in walk.labels and (other is not node.args[2] or other in node.args[:2]):
+            walk.pin(walk.labels[other], node, "weights of attention depend on it")
+    if values is None:
         return None
     shape = shape_of(node)
     heads = shape[-3] // values.shape[-3] if values.dim() > 2 else 1
@@ -238,3 +256,10 @@ _RULES: dict[Any, Step] = {
     aten.scaled_dot_product_attention.default: _attended,
     getitem: _item,
 }
+
+_UNEVEN = frozenset(_names("relu", "leaky_relu", "abs"))
+_LINEAR = {
+    **{target: step for target, step in _RULES.items() if target not in _UNEVEN},
+    **dict.fromkeys(_names("mul.Tensor", "div.Tensor"), _scaled_evenly),
+}
+"""Those that do the same to every channel, and to its sums with others."""

@@ -14,6 +14,7 @@ from graphopt.passes.quantize.methods import methods
 from graphopt.passes.quantize.names import Scope, Skip
 from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.products import SpellProducts
+from graphopt.passes.quantize.rotation import rotating
 from graphopt.passes.quantize.weights import QuantizeWeights
 from graphopt.program import Program
 from graphopt.rewrite import Pass, Rule
@@ -42,8 +43,10 @@ class QuantizeMatmul(Pass):
             ``"smoothquant"`` scale channels before, which needs calibration inputs too.
             ``"outliers"`` keeps what suffers most in floats and ``"lowrank"`` adds a correction of
             low rank, both beside the product; the rest is rounded with them in view, by any of the
-            others. They see what matters on calibration inputs, if there are any. Several are
-            given as a sequence, or ``"gptq+outliers"``; the order of names means nothing.
+            others. They see what matters on calibration inputs, if there are any. ``"rotate"``
+            turns the residual stream and the heads of attention into bases without outliers before
+            all this, exactly (Ashkboos et al. 2024, QuaRot). Several are given as a sequence, or
+            ``"rotate+gptq+outliers"``; the order of names means nothing.
         outliers: how much of each weight ``"outliers"`` keeps: a share (0.01 if not given) or, from
             1 up, a count. Numbers that spikes of activations hang on (super weights, Yu et al.
             2024) are always kept where there are calibration inputs; with 0 they alone.
@@ -145,6 +148,8 @@ class QuantizeMatmul(Pass):
         scaling = methods(self.method).scaling
         last = QuantizeWeights(self, self.settings, self.scope)
         stages: list[Pass] = [SpellProducts(self, self.scheme, self.scope)]
+        if methods(self.method).rotates:
+            stages += rotating(self, last.matches)
         if scaling is not None:
             stages.append(ScaleBeforeQuantizing(self, self.scheme, scaling, last.matches))
         return (*stages, last)

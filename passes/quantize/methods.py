@@ -14,10 +14,13 @@ SCALING = ("awq", "smoothquant")
 BESIDE = ("outliers", "lowrank")
 """What stands beside codes and makes good what they lose: any of these."""
 
+ROTATING = ("rotate",)
+"""Bases of features that are turned before that, exactly: outliers become a little of all."""
+
 CALIBRATED = frozenset({"gptq", *SCALING})
 """Methods that learn from calibration inputs."""
 
-METHODS = (*ROUNDING, *SCALING, *BESIDE)
+METHODS = (*ROUNDING, *SCALING, *BESIDE, *ROTATING)
 
 
 class Methods(NamedTuple):
@@ -26,6 +29,7 @@ class Methods(NamedTuple):
     rounding: str
     scaling: str | None = None
     beside: tuple[str, ...] = ()
+    rotates: bool = False
 
     @property
     def calibrated(self) -> tuple[str, ...]:
@@ -48,6 +52,7 @@ def methods(given: str | Sequence[str]) -> Methods:
         _one(names, ROUNDING, "round weights") or "rtn",
         _one(names, SCALING, "scale channels"),
         tuple(name for name in BESIDE if name in names),
+        "rotate" in names,
     )
 
 
