@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.passes.composites.norms import RecognizeLayerNorm, RecognizeRMSNorm
+from graphopt.passes.fold_constants import FoldCone
 from graphopt.passes.fold_norm_affine import FoldAffine
 from graphopt.passes.pre_rms_norm import CentreStream
 from graphopt.rewrite import Pass, Profit, Rule
@@ -41,6 +42,7 @@ class Prepared(Pass):
 def before_rotating(given: Pass) -> Sequence[Pass]:
     """Norms as RMS norms without scales, where that can be."""
     steps: Sequence[tuple[Callable[[], Rule], ...]] = (
+        (FoldCone,),  # scales written as one more than a weight
         (RecognizeLayerNorm, RecognizeRMSNorm),
         (FoldAffine,),
         (CentreStream,),

@@ -66,8 +66,7 @@ class RotateStream(Rule):
         for space in find_spaces(program):
             ends = [*space.readers, *space.values]
             wanted = self.products is None or any(n.name in self.products for n in ends)
-            at_all = space.folds or not program.frozen
-            if wanted and at_all and space.is_read_by_products() and not _is_rotated(space):
+            if wanted and space.inner and space.is_read_by_products() and not _is_rotated(space):
                 yield Candidate(_match(program, space))
 
     def check(self, match: Match) -> Refusal | None:
@@ -127,7 +126,7 @@ def _match(program: Program, space: Space) -> Match:
     whatever the layers compute."""
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     made = {*(n for n in space.readers if n in space.folds), *space.exits()}
-    roots = tuple(sorted(made or space.normalised(), key=order.__getitem__))
+    roots = tuple(sorted(made or space.normalised() or space.readers, key=order.__getitem__))
     ends = [n for n in (*space.values, *space.readers) if n.op == "call_function"]
     inside = between(program, ends)
     replaced = {n for n in space.values if n in space.inner or n in space.folds}
