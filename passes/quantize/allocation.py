@@ -93,7 +93,9 @@ def _filled(weights: Sequence[Sequence[Choice]], found: Allocation, size: int) -
         chosen[index], loss = position, loss - gain
 
 
-def _step(choices: Sequence[Choice], hull: Sequence[int], index: int, position: int) -> tuple:
+def _step(
+    choices: Sequence[Choice], hull: Sequence[int], index: int, position: int
+) -> tuple[float, int, int]:
     old, new = choices[hull[position]], choices[hull[position + 1]]
     return (new.loss - old.loss) / (new.bytes - old.bytes), index, position
 

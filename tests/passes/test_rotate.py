@@ -79,8 +79,8 @@ def test_rotations_are_orthogonal_and_spread_every_feature(order: int) -> None:
 
 
 def test_names_of_methods() -> None:
-    assert methods("rotate") == ("rtn", None, True)
-    assert methods("rotate+awq+gptq") == ("gptq", "awq", True)
+    assert methods("rotate") == ("rtn", None, (), True)
+    assert methods("rotate+awq+gptq") == ("gptq", "awq", (), True)
     assert not methods("gptq").rotates
     assert methods("rotate").calibrated == ()
 
