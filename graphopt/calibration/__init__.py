@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from graphopt.calibration.segment import Segment, segments
 from graphopt.calibration.statistics import Statistics
 from graphopt.calibration.stream import Stream
 
-__all__ = ["Statistics", "Stream"]
+__all__ = ["Segment", "Statistics", "Stream", "segments"]

@@ -8,9 +8,9 @@ and no node runs twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,15 @@ Stand = Callable[..., Any]
 """Computes what a node gives from its arguments."""
 
 
+class Mark(NamedTuple):
+    """Where a stream is: see `Stream`."""
+
+    position: int
+    values: list[dict[fx.Node, Any]]
+    state: dict[fx.Node, Tensor]
+    stands: dict[fx.Node, Stand]
+
+
 class Stream:
     """Runs samples through a program in graph order, up to one node after the other.
 
@@ -29,14 +38,19 @@ class Stream:
         program: it is not changed.
         samples: flat user inputs, one sequence per sample.
         until: nodes that are looked at; nothing behind the last of them is computed.
+        kept: those of them whose values are held until `forget`.
     """
 
     def __init__(
-        self, program: Program, samples: Sequence[Sequence[Any]], until: Sequence[fx.Node]
+        self,
+        program: Program,
+        samples: Sequence[Sequence[Any]],
+        until: Sequence[fx.Node],
+        kept: Iterable[fx.Node] = (),
     ) -> None:
         self.program = program
         self.nodes = _needed(program.graph, until)
-        self.last = _last_uses(self.nodes, until)
+        self.last, self.kept = _last_uses(self.nodes, until), set(kept)
         self.state: dict[fx.Node, Tensor] = {
             node: program.state[name] for node, name in program.state_nodes().items()
         }
@@ -49,7 +63,10 @@ class Stream:
 
     def advance(self, node: fx.Node) -> None:
         """Run every sample up to ``node``, which is next."""
-        end = self.nodes.index(node) if node in self.nodes else len(self.nodes)
+        self.advance_to(self.nodes.index(node) if node in self.nodes else len(self.nodes))
+
+    def advance_to(self, end: int) -> None:
+        """Run every sample through the first ``end`` nodes."""
         part, self.position = self.nodes[self.position : end], max(end, self.position)
         with torch.no_grad():
             for index, values in enumerate(self.values):
@@ -58,9 +75,31 @@ class Stream:
         for done in part:
             self._forget_state(done)
 
+    def mark(self) -> Mark:
+        """Where the samples are, to come back to; values are not copied."""
+        values = [dict(each) for each in self.values]
+        return Mark(self.position, values, dict(self.state), dict(self.stands))
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to a mark, once: weights and stands too are what they were."""
+        self.position, self.values, self.state, self.stands = mark
+
+    def forget(self, nodes: Sequence[fx.Node]) -> None:
+        """Let go of values that were kept."""
+        self.kept.difference_update(nodes)
+        ahead = set(self.nodes[self.position :])
+        for node in nodes:
+            if self.last.get(node) not in ahead:
+                for values in self.values:
+                    values.pop(node, None)
+
     def given(self, node: fx.Node) -> Iterator[Any]:
         """What ``node`` gave, sample by sample; it must have run, and be read by what is next."""
         return (self._value(node, values) for values in self.values)
+
+    def is_computed(self, node: fx.Node) -> bool:
+        """Whether a node differs between samples: others are held by the program."""
+        return node.op != "get_attr" and node not in self.state
 
     def weight(self, node: fx.Node, value: Tensor) -> None:
         """From here on the state behind ``node`` is ``value``."""
@@ -91,7 +130,7 @@ class Stream:
             function: Any = self.stands.get(node, node.target)
             values[node] = function(*args, **kwargs)
             for read in (*node.all_input_nodes, node):
-                if self.last.get(read) is node:
+                if self.last.get(read) is node and read not in self.kept:
                     values.pop(read, None)
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

@@ -95,7 +95,7 @@ def _rescaled(weight: Tensor, moment: Tensor, found: Rounded, scheme: Scheme) ->
     if scheme.dtype in ("mxfp4", "nvfp4"):  # scales are of a coarse format
         return found
     groups, size = len(found.scales), len(weight) // len(found.scales)
-    basis = _levels(found.codes, scheme)
+    basis = levels(found.codes, scheme)
     parts = [basis] if found.zeros is None else [basis, torch.ones_like(basis)]
     products = moment @ weight
     outputs, unknowns = weight.shape[1], groups * len(parts)
@@ -131,7 +131,7 @@ def _from_solution(solved: Tensor, found: Rounded, scheme: Scheme) -> Rounded:
     return Rounded(found.codes, scales, scaling.kept(zeros, scheme))
 
 
-def _levels(codes: Tensor, scheme: Scheme) -> Tensor:
+def levels(codes: Tensor, scheme: Scheme) -> Tensor:
     """What codes stand for at scale 1, without a zero point."""
     if scheme.dtype == "int":
         return codes.to(torch.float32)

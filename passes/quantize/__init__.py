@@ -10,7 +10,7 @@ from typing import Literal
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
-from graphopt.passes.quantize.methods import methods
+from graphopt.passes.quantize.methods import learning_refusal, methods
 from graphopt.passes.quantize.names import Scope, Skip
 from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.products import SpellProducts
@@ -46,7 +46,11 @@ class QuantizeMatmul(Pass):
             others. They see what matters on calibration inputs, if there are any. ``"rotate"``
             turns the residual stream and the heads of attention into bases without outliers before
             all this, exactly (Ashkboos et al. 2024, QuaRot). Several are given as a sequence, or
-            ``"rotate+gptq+outliers"``; the order of names means nothing.
+            ``"rotate+gptq+outliers"``; the order of names means nothing. ``"learned"`` goes on
+            from gptq, or from what it is joined to: all of a block is learned together, so that it
+            gives on calibration inputs what it gave. ``"rtn+learned"`` and ``"hqq+learned"`` learn
+            codes (Cheng et al. 2024, SignRound), and all of them scales and zero points.
+        steps: of ``"learned"``, for the codes and for the scales of a block each; default 100.
         outliers: how much of each weight ``"outliers"`` keeps: a share (0.01 if not given) or, from
             1 up, a count. Numbers that spikes of activations hang on (super weights, Yu et al.
             2024) are always kept where there are calibration inputs; with 0 they alone.
@@ -76,6 +80,7 @@ class QuantizeMatmul(Pass):
     outliers: float | None = None
     outlier_kind: Literal["columns", "numbers"] = "columns"
     rank: int | None = None
+    steps: int | None = None
     embeddings: bool = False
     head: bool = False
     skip: str | Sequence[str] = ()
@@ -94,6 +99,10 @@ class QuantizeMatmul(Pass):
                 f"{self.dtype} weights have no quantized activations: give activations=None "
                 "(null in a recipe), or dtype='int' or 'fp8'"
             )
+        if self.steps is not None and (self.steps < 1 or methods(self.method).tuning is None):
+            raise ValueError("steps are those of method 'learned', and there is at least one")
+        if (refusal := learning_refusal(methods(self.method), scheme)) is not None:
+            raise ValueError(refusal)
         if methods(self.method).rounding == "hqq" and self.symmetric:
             raise ValueError("method hqq optimises zero points: give symmetric=False, dtype='int'")
 
@@ -122,6 +131,7 @@ class QuantizeMatmul(Pass):
             methods(self.method),
             self.activations or "none",
             beside=self._beside,
+            steps=self.steps or Settings.steps,
             tolerance=self.tolerance,
         )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from graphopt.kernels.quantized.learned_scales import can_learn
+from graphopt.kernels.quantized.scheme import Scheme
+
 ROUNDING = ("rtn", "hqq", "gptq")
 """How codes of a weight are chosen: one of these."""
 
@@ -17,10 +20,13 @@ BESIDE = ("outliers", "lowrank")
 ROTATING = ("rotate",)
 """Bases of features that are turned before that, exactly: outliers become a little of all."""
 
-CALIBRATED = frozenset({"gptq", *SCALING})
+TUNING = ("learned",)
+"""What makes codes better after they were chosen, block by block."""
+
+CALIBRATED = frozenset({"gptq", *SCALING, *TUNING})
 """Methods that learn from calibration inputs."""
 
-METHODS = (*ROUNDING, *SCALING, *BESIDE, *ROTATING)
+METHODS = (*ROUNDING, *SCALING, *BESIDE, *ROTATING, *TUNING)
 
 
 class Methods(NamedTuple):
@@ -30,10 +36,11 @@ class Methods(NamedTuple):
     scaling: str | None = None
     beside: tuple[str, ...] = ()
     rotates: bool = False
+    tuning: str | None = None
 
     @property
     def calibrated(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.scaling, self.rounding) if name in CALIBRATED)
+        return tuple(n for n in (self.scaling, self.rounding, self.tuning) if n in CALIBRATED)
 
 
 def methods(given: str | Sequence[str]) -> Methods:
@@ -48,11 +55,22 @@ def methods(given: str | Sequence[str]) -> Methods:
             raise ValueError(f"method {name!r} is not one of {', '.join(METHODS)}")
     if len(set(names)) < len(names):
         raise ValueError(f"method {'+'.join(names)} names a method twice")
-    return Methods(
-        _one(names, ROUNDING, "round weights") or "rtn",
-        _one(names, SCALING, "scale channels"),
-        tuple(name for name in BESIDE if name in names),
-        "rotate" in names,
+    beside = tuple(name for name in BESIDE if name in names)
+    tuning = _one(names, TUNING, "learn")
+    if tuning and beside:
+        raise ValueError(f"{tuning} learns codes alone: take it, or {' and '.join(beside)}")
+    rounding = _one(names, ROUNDING, "round weights") or ("gptq" if tuning else "rtn")
+    scaling = _one(names, SCALING, "scale channels")
+    return Methods(rounding, scaling, beside, "rotate" in names, tuning)
+
+
+def learning_refusal(chosen: Methods, scheme: Scheme) -> str | None:
+    """Why nothing could be learned, and what to do."""
+    if chosen.tuning is None or chosen.rounding != "gptq" or can_learn(scheme):
+        return None
+    return (
+        f"behind gptq, learned moves scales, and those of {scheme.dtype} are too coarse for it: "
+        "method='gptq' alone, or 'rtn+learned', which learns codes"
     )
 
 

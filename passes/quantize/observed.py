@@ -18,16 +18,21 @@ class Observed:
     """Statistics of the inputs of products, taken when the samples have come as far.
 
     Attributes:
-        stream: runs the samples; what it is told to replace is what later products see.
+        stream: runs the samples, ``until`` nodes besides products; what it is told to replace is
+            what later products see.
     """
 
     def __init__(
-        self, program: Program, samples: Sequence[Sequence[Any]], products: Iterable[fx.Node]
+        self,
+        program: Program,
+        samples: Sequence[Sequence[Any]],
+        products: Iterable[fx.Node],
+        until: Iterable[fx.Node] = (),
     ) -> None:
         self.name = program.name
         wanted = set(products)
         self.left = [n for n in program.graph.nodes if n in wanted]
-        self.stream = Stream(program, samples, self.left)
+        self.stream = Stream(program, samples, [*self.left, *until])
         self.statistics: dict[fx.Node, Statistics] = {}
 
     def next(self) -> fx.Node:

@@ -70,19 +70,20 @@ def calibrate(
     Raises:
         GraphoptError: samples hold NaN where a weight is calibrated, or the model fails on one.
     """
-    return _Calibration(program, matches, samples, settings).run(progress)
+    return Calibration(program, matches, samples, settings).run(progress)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Scheme of the weights, how they get there, whether activations are quantized too, and what
-    stands beside codes."""
+    """Scheme of the weights, how they get there, whether activations are quantized too, what stands
+    beside codes, the error that is allowed, and the steps in which blocks learn."""
 
     scheme: Scheme
     methods: Methods
     activations: str = "none"
     beside: Beside = field(default_factory=Beside)
     tolerance: float | None = None
+    steps: int = 100
 
 
 def made(
@@ -111,7 +112,9 @@ def made(
     return found, remainder.told(found.parts, found.super_weights)
 
 
-class _Calibration:
+class Calibration:
+    """Goes through a program, from one weight to the next."""
+
     def __init__(
         self,
         program: Program,
@@ -133,19 +136,38 @@ class _Calibration:
             for weight in weights:
                 self._make(weight, None)
         while self.observed.left and not self.blind:
-            weight = self.weight_of[self.observed.next()]
-            pending = {self.weight_of[n] for n in self.observed.left}
-            if weight in pending:  # calibrated where it is read last
-                continue
-            self._quantize(weight)
-            self.observed.keep(n for n, w in self.weight_of.items() if w in pending)
-            progress(f"calibrated {len(self.made)} of {len(weights)} weights")
-        codes = {name: split.weight for name, split in self.made.items()}
-        return Plan(codes, {name: split.parts for name, split in self.made.items()}, self.notes)
+            if self._next() is not None:
+                progress(f"calibrated {len(self.made)} of {len(weights)} weights")
+        return self.plan()
+
+    def plan(self) -> Plan:
+        """What was made so far."""
+        parts = {name: split.parts for name, split in self.made.items()}
+        return Plan(self.weights, parts, self.notes)
+
+    @property
+    def weights(self) -> dict[str, QuantizedWeight]:
+        return {name: split.weight for name, split in self.made.items()}
+
+    def _next(self) -> fx.Node | None:
+        """Go on to the next product; its weight, if that was calibrated there."""
+        weight = self.weight_of[self.observed.next()]
+        pending = {self.weight_of[n] for n in self.observed.left}
+        if weight in pending:  # calibrated where it is read last
+            return None
+        self._quantize(weight)
+        self.observed.keep(n for n, w in self.weight_of.items() if w in pending)
+        return weight
 
     def _quantize(self, weight: fx.Node) -> None:
         products = [n for n, w in self.weight_of.items() if w is weight]
-        found, stream = self._make(weight, self._seen(products)), self.observed.stream
+        self._place(weight, self._make(weight, self._seen(products)))
+
+    def _place(self, weight: fx.Node, found: Split) -> None:
+        """Later products see a weight quantized."""
+        self.made[self.program.target_of(weight) or weight.name] = found
+        products = [n for n, w in self.weight_of.items() if w is weight]
+        stream = self.observed.stream
         if self.settings.activations == "none":
             stream.weight(weight, found.dense().to(val(weight).dtype))
             return

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from graphopt.passes.quantize.blocks import BlockCalibration
 from graphopt.passes.quantize.convolution import QuantizeConvolution
 from graphopt.passes.quantize.experts import QuantizeExperts
 from graphopt.passes.quantize.linear import QuantizeLinear
@@ -55,8 +56,12 @@ class QuantizeWeights(Pass):
         matches = self.matches(program)
         if matches and methods:
             require_samples(samples, methods, self.name)
-        plan = calibrate(program, matches, samples, self.settings, progress) if matches else Plan()
-        return replace(self, plan=plan)
+        if not matches:
+            return replace(self, plan=Plan())
+        if self.settings.methods.tuning:
+            blocks = BlockCalibration(program, matches, samples, self.settings)
+            return replace(self, plan=blocks.run(progress))
+        return replace(self, plan=calibrate(program, matches, samples, self.settings, progress))
 
     def matches(self, program: Program) -> list[Match]:
         """What the rule will rewrite."""
