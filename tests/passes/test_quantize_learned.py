@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.errors import GraphoptError
 from graphopt.passes import QuantizeMatmul
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.quantize import blocks
@@ -20,6 +21,7 @@ from graphopt.passes.quantize.methods import methods
 from graphopt.passes.quantize.weights import QuantizeWeights
 from graphopt.program import Program
 from graphopt.rewrite.driver import apply_rules
+from graphopt.rewrite.passes import parse_pass
 
 WIDTH = 32
 
@@ -224,7 +226,7 @@ def test_a_weight_of_several_blocks_is_not_learned() -> None:
     assert "before it was learned" in plan.notes["own.weight"]
 
 
-def test_a_block_that_gives_no_floats_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_without_a_gradient_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_self: Any) -> Any:
         raise RuntimeError("derivative for aten::some is not implemented")
 
