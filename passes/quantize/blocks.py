@@ -58,6 +58,7 @@ class BlockCalibration(Calibration):
         stream = self.observed.stream
         start = stream.nodes.index(segment.nodes[0])
         stream.advance_to(start)
+        stream.forget([n for done in self.segments for n in done.outputs])
         mark, before = stream.mark(), set(self.weights)
         while self.observed.left and self.observed.left[0] in segment.nodes:
             self._next()
