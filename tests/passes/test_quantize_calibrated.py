@@ -175,6 +175,7 @@ def test_names_of_methods() -> None:
         ("gptqq", "'gptqq' is not one of"),
         ("gptq+gptq", "twice"),
         (["rtn", "gptq"], "rtn and gptq both round"),
+        ("gptq+learned+outliers", "learned learns codes alone"),
     ):
         with pytest.raises(ValueError, match=reason):
             methods(given)

@@ -14,7 +14,7 @@ import graphopt
 from graphopt.capture import capture
 from graphopt.passes import QuantizeMatmul
 from graphopt.passes.quantize.hadamard import hadamard, rotation
-from graphopt.passes.quantize.methods import methods
+from graphopt.passes.quantize.methods import Methods, methods
 from graphopt.passes.quantize.rotation_examples import PostNorm, Text, layer_norm
 from graphopt.passes.quantize.rotation_heads import RotateHeads
 from graphopt.passes.quantize.rotation_stream import RotateStream
@@ -79,8 +79,8 @@ def test_rotations_are_orthogonal_and_spread_every_feature(order: int) -> None:
 
 
 def test_names_of_methods() -> None:
-    assert methods("rotate") == ("rtn", None, (), True)
-    assert methods("rotate+awq+gptq") == ("gptq", "awq", (), True)
+    assert methods("rotate") == Methods("rtn", rotates=True)
+    assert methods("rotate+awq+gptq") == Methods("gptq", "awq", rotates=True)
     assert not methods("gptq").rotates
     assert methods("rotate").calibrated == ()
 
