@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import transformers as hf
 from axis_check import differs
 from axis_graphs import capture, inputs, result
+from counting import counted
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -192,25 +192,8 @@ def test_work_is_linear_in_the_graph(dynamic: Any) -> None:
     calls = {}
     for depth in (30, 300):
         deep, start = _deep(depth, dynamic)
-        flow, calls[depth] = _counted(lambda start=start: trace_axis(start, 1))
+        flow, calls[depth] = counted(lambda start=start: trace_axis(start, 1))
         assert not flow.unknown and not flow.mixes
         assert flow.placement(result(deep)) is not None
     assert len(deep.nodes) > 2500
     assert 8 * calls[30] < calls[300] < 12 * calls[30]
-
-
-def _counted(work: Callable[[], AxisFlow]) -> tuple[AxisFlow, int]:
-    """The result, and the number of Python functions called on the way."""
-    count = 0
-
-    def seen(_frame: Any, event: str, _arg: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(seen)
-    try:
-        done = work()
-        return done, count
-    finally:
-        sys.setprofile(before)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import timeit
 from typing import Any
 
 import pytest
 import torch
+from counting import counted
 from torch import Tensor, nn
 
 from graphopt.capture import capture
@@ -88,10 +88,10 @@ def test_nan_is_equal_to_the_captured_nan() -> None:
         guard([torch.rand(2), 1.0])
 
 
-def test_a_guard_costs_microseconds(program: Program) -> None:
+def test_a_guard_costs_a_few_calls_for_each_input(program: Program) -> None:
     guard, given = InputGuard(program), flat()
-    seconds = min(timeit.repeat(lambda: guard(given), number=200, repeat=5)) / 200
-    assert seconds < 100e-6  # about 5 on an idle machine
+    _, calls = counted(lambda: guard(given))
+    assert calls < 20 * len(given)
 
 
 HOSTILE = ["__import__('os')", "s0.__class__", "(lambda: 1)()", "[s0]", "math.pow", "open", "s1"]
