@@ -22,6 +22,7 @@ NAMES = (
     "resnet20",
     "loss_heads",
     "loss_heads_gpu",
+    "quantized_minilm",
     "quantized_gpu",
 )
 RESULTS = Path(__file__).parent / "results"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from graphopt.emit.deferring import apart
 from graphopt.emit.module import OptimizedModule
+from graphopt.emit.spelled import spelled
 from graphopt.errors import VerificationError
 from graphopt.program import Program, is_random
 from graphopt.rewrite.rule import Numeric
@@ -37,7 +39,7 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
     plain = module._graph.code
     options.progress("inductor")
     dynamic = True if original.range_constraints else None
-    compile_graph = partial(apart, lower=partial(torch.compile, dynamic=dynamic, fullgraph=True))
+    compile_graph = partial(apart, lower=partial(_compiled, dynamic=dynamic))
     module._graph.code = compile_graph(plain)
     graph = module.program.graph
     apart_from_it = any(map(is_random, graph.nodes)) or is_filtered(graph)
@@ -52,6 +54,10 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
     module.report.notes.append(f"{message}; the torch target was kept")
 
 
+def _compiled(graph_module: fx.GraphModule, dynamic: bool | None) -> Callable[..., Any]:
+    return torch.compile(spelled(graph_module), dynamic=dynamic, fullgraph=True)
+
+
 def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | None:
     """What is wrong with the compiled graph, in words; ``None`` where nothing is."""
     program = full_program(module.program)
@@ -61,7 +67,8 @@ def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | No
     try:
         found = [_measure(program, reference, inputs, lower) for inputs in sets]
     except torch._dynamo.exc.TorchDynamoException as error:
-        return f"cannot be made: {str(error).strip().splitlines()[0]}"
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"cannot be made: {' '.join(said[:2])}"
     off = next((m for m in found if not m.ok), None)
     return None if off is None else f"is wrong: {off.note}, error {off.rms:.2g}"
 

