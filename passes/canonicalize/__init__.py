@@ -51,6 +51,7 @@ class Canonicalize(Pass):
             spelling.Square(),
             spelling.Root(),
             spelling.ReversedSub(),
+            spelling.TypeAs(),
             spelling.SubNumber(),
             spelling.DivPowerOfTwo(),
             spelling.TimesOne(),

@@ -121,6 +121,27 @@ class ReversedSub(Identity):
         yield case("number", lambda x: 1 - x)
 
 
+class TypeAs(Identity):
+    """``type_as(x, y) = x`` where y is of the dtype and on the device of x, and else a cast."""
+
+    pattern = op(aten.type_as.default, "x", "y")
+
+    def rewrite(self, match: Match, build: Builder) -> Any:
+        before, after = match.val("x"), match.val("y")
+        wanted = {"dtype": after.dtype, "device": after.device}
+        changed = {k: v for k, v in wanted.items() if getattr(before, k) != v}
+        return build(aten._to_copy.default, match["x"], **changed) if changed else match["x"]
+
+    def examples(self) -> Iterable[Example]:
+        yield case("same", lambda x: (y := x.sin()).cos().type_as(y) + 1)
+        yield case("of an input", lambda x: x.type_as(x.sin()))
+        yield case("cast", lambda x: x.double().sin().type_as(x) + 1)
+        yield case("to integers", lambda x: (3 * x).type_as(torch.arange(2)))
+
+    def near_misses(self) -> Iterable[Example]:
+        yield case("a cast by its dtype", lambda x: x.to(torch.float64) + 1)
+
+
 class SubNumber(Identity):
     """``x - c = x + (-c)``, for floating ``x``: IEEE 754 defines subtraction so."""
 
