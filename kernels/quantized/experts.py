@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized import paths
+from graphopt.kernels.quantized import gpu, paths
 from graphopt.kernels.quantized.autograd import autocast, refuse_stored
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.choice import choose
@@ -122,7 +122,7 @@ def _experts(
     weight = QuantizedWeight(scheme, width, codes, scales, zeros, tensor_scale)
     case = Case(scheme, "plain", activations, input.dtype, input.device.type, outputs, width)
     made = input.new_zeros((total, outputs))
-    with torch.no_grad():
+    with torch.no_grad(), gpu.on(input):
         for rows, part in _parts(total, offsets, weight, experts):
             made[rows] = choose(case, input[rows], part).run(input[rows], part, None)
     return made
@@ -145,7 +145,7 @@ def _backward(
     scheme = Scheme(bits, dtype, group_size, symmetric)
     weight = QuantizedWeight(scheme, width, codes, scales, zeros, tensor_scale)
     made = grad.new_zeros((grad.shape[0], width))
-    with torch.no_grad():
+    with torch.no_grad(), gpu.on(grad):
         for rows, part in _parts(grad.shape[0], offsets, weight, experts):
             made[rows] = paths.input_gradient(grad[rows], part)
     return made

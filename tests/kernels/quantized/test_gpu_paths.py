@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,11 @@ from graphopt.kernels.quantized import (
     choice,
     chosen,
     definition,
+    embedding,
+    experts,
     gpu,
     gpu_timing,
+    linear,
     paths,
     quantize,
     trials,
@@ -144,6 +148,49 @@ def test_what_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_taken_on_a_cpu() -> None:
     found = paths.paths_for(FOUR._replace(device="cpu"))
     assert [path.name for path in found] == ["definition"]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
+    """Shapes of those whose GPU was the current one, each time that paths were looked for."""
+    asked: list[tuple[int, ...] | None] = []
+    current: list[tuple[int, ...] | None] = [None]
+    look = paths.paths_for
+
+    @contextmanager
+    def on(tensor: Tensor) -> Iterator[None]:
+        current.append(tuple(tensor.shape))
+        yield
+        current.pop()
+
+    def paths_for(case: Case) -> list[paths.Path]:
+        asked.append(current[-1])
+        return look(case)
+
+    monkeypatch.setattr(gpu, "on", on)
+    for module in (paths, choice):
+        monkeypatch.setattr(module, "paths_for", paths_for)
+    return asked
+
+
+@pytest.mark.parametrize("offsets", [None, torch.tensor([2, 6])], ids=["batched", "grouped"])
+def test_experts_run_on_the_gpu_of_their_rows(
+    offsets: Tensor | None, asked: list[tuple[int, ...] | None]
+) -> None:
+    x, weight = torch.randn(6, 96, requires_grad=True), quantize(torch.randn(64, 96), FOUR.scheme)
+    made = experts(x, weight, 2, offsets)
+    assert asked == [(6, 96)] * 2
+    made.sum().backward()
+    assert asked[2:] == [(6, 32)] * 2
+
+
+def test_products_and_lookups_run_on_the_gpu_of_their_input(
+    asked: list[tuple[int, ...] | None],
+) -> None:
+    x, weight = torch.randn(6, 96, requires_grad=True), quantize(torch.randn(64, 96), FOUR.scheme)
+    linear(x, weight).sum().backward()
+    embedding(torch.tensor([3, 1]), weight)
+    assert asked == [(6, 96), (6, 64), (2,)]
 
 
 @pytest.mark.usefixtures("hopper")
