@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from graphopt.kernels.quantized.operator import (
-    library,
     quantized_embedding,
     quantized_linear,
     quantized_linear_backward,
 )
+from graphopt.kernels.quantized.registration import autocast, differentiate
 from graphopt.kernels.quantized.weight import QuantizedWeight
-
-_STORED = ("codes", "scales", "zeros", "tensor_scale")
 
 
 def linear(
@@ -84,23 +82,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: 
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_stored(ctx.needs_input_grad[1:5])
     d_input = d_bias = None
     if ctx.needs_input_grad[0]:
         d_input = quantized_linear_backward(grad, *ctx.saved_tensors, *ctx.settings)
     if ctx.needs_input_grad[5]:
         d_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return d_input, None, None, None, None, d_bias, *[None] * (ctx.count - 6)
-
-
-def refuse_stored(asked: tuple[bool, ...]) -> None:
-    """A gradient that is not computed must not look like zero."""
-    named = [name for name, is_asked in zip(_STORED, asked, strict=False) if is_asked]
-    if named:
-        raise RuntimeError(
-            f"a quantized weight has no gradient for its {' and '.join(named)}: "
-            "requires_grad_(False)"
-        )
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -111,7 +98,6 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: 
 
 
 def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_stored(ctx.needs_input_grad[1:5])
     d_grad = quantized_linear(grad, *ctx.saved_tensors, None, *ctx.settings)
     return d_grad, *[None] * (ctx.count - 1)
 
@@ -121,34 +107,10 @@ def _setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # noqa: ARG001
-    refuse_stored(ctx.needs_input_grad[1:5])
     return (None,) * ctx.count
 
 
-for _name, _back, _context in (
-    ("quantized_linear", _backward, _setup),
-    ("quantized_linear_backward", _backward_backward, _setup_backward),
-    ("quantized_embedding", _backward_embedding, _setup_embedding),
-):
-    torch.library.register_autograd(
-        f"graphopt::{_name}", _back, setup_context=_context, lib=library
-    )
-
-
-def autocast(name: str, operator: Any) -> None:
-    """As autocast does it for a product: the input in its dtype, the cast under autograd."""
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        library.impl(name, _cast(device, operator), key)
-
-
-def _cast(device: str, operator: Any) -> Any:
-    def run(x: Tensor, *others: Any, **named: Any) -> Any:
-        kind = torch.get_autocast_dtype(device)
-        low = x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(kind)
-        with torch.amp.autocast(device, enabled=False):
-            return operator(low, *others, **named)
-
-    return run
-
-
-autocast("quantized_linear", quantized_linear)
+differentiate(quantized_linear, _backward, _setup)
+differentiate(quantized_linear_backward, _backward_backward, _setup_backward)
+differentiate(quantized_embedding, _backward_embedding, _setup_embedding)
+autocast(quantized_linear)

@@ -13,23 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized.autograd import autocast, refuse_stored
 from graphopt.kernels.quantized.conv_paths import Case, Window, choose, numbers
-from graphopt.kernels.quantized.operator import SCHEME, WEIGHT, check_call, library
+from graphopt.kernels.quantized.operator import check_call
+from graphopt.kernels.quantized.registration import (
+    SCHEME,
+    WEIGHT,
+    autocast,
+    differentiate,
+    register,
+)
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
-for _schema in (
-    f"quantized_conv(Tensor input, {WEIGHT}, Tensor? bias, {_WINDOW}, {SCHEME}, str activations)"
-    " -> Tensor",
-    f"quantized_conv_backward(Tensor grad, {WEIGHT}, SymInt[] shape, {_WINDOW}, {SCHEME})"
-    " -> Tensor",
-):
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-quantized_conv = torch.ops.graphopt.quantized_conv.default
-quantized_conv_backward = torch.ops.graphopt.quantized_conv_backward.default
 
 
 def conv(
@@ -136,13 +132,18 @@ def _fake_backward(grad: Tensor, *call: Any) -> Tensor:
     return grad.new_empty(tuple(call[4]))
 
 
-for _name, _real, _meta in (
-    ("quantized_conv", _conv, _fake),
-    ("quantized_conv_backward", _conv_backward, _fake_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        library.impl(_name, _real, _key)
-    torch.library.register_fake(f"graphopt::{_name}", _meta, lib=library)
+quantized_conv = register(
+    f"quantized_conv(Tensor input, {WEIGHT}, Tensor? bias, {_WINDOW}, {SCHEME}, str activations)"
+    " -> Tensor",
+    _conv,
+    _fake,
+)
+quantized_conv_backward = register(
+    f"quantized_conv_backward(Tensor grad, {WEIGHT}, SymInt[] shape, {_WINDOW}, {SCHEME})"
+    " -> Tensor",
+    _conv_backward,
+    _fake_backward,
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -153,7 +154,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: 
 
 
 def _differentiated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_stored(ctx.needs_input_grad[1:5])
     d_input = d_bias = None
     if ctx.needs_input_grad[0]:
         d_input = quantized_conv_backward(grad, *ctx.saved_tensors, ctx.shape, *ctx.settings)
@@ -168,15 +168,9 @@ def _setup_again(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # 
 
 
 def _differentiated_again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_stored(ctx.needs_input_grad[1:5])
     return quantized_conv(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 14
 
 
-for _name, _back, _context in (
-    ("quantized_conv", _differentiated, _setup),
-    ("quantized_conv_backward", _differentiated_again, _setup_again),
-):
-    torch.library.register_autograd(
-        f"graphopt::{_name}", _back, setup_context=_context, lib=library
-    )
-autocast("quantized_conv", quantized_conv)
+differentiate(quantized_conv, _differentiated, _setup)
+differentiate(quantized_conv_backward, _differentiated_again, _setup_again)
+autocast(quantized_conv)

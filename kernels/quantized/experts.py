@@ -18,23 +18,18 @@ import torch
 from torch import Tensor
 
 from graphopt.kernels.quantized import gpu, paths
-from graphopt.kernels.quantized.autograd import autocast, refuse_stored
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.choice import choose
-from graphopt.kernels.quantized.operator import SCHEME, WEIGHT, check_call, library
+from graphopt.kernels.quantized.operator import check_call
+from graphopt.kernels.quantized.registration import (
+    SCHEME,
+    WEIGHT,
+    autocast,
+    differentiate,
+    register,
+)
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
-
-for _schema in (
-    f"quantized_experts(Tensor input, Tensor? offsets, {WEIGHT}, int experts, {SCHEME}, "
-    "str activations) -> Tensor",
-    f"quantized_experts_backward(Tensor grad, Tensor? offsets, {WEIGHT}, int experts, int width, "
-    f"{SCHEME}) -> Tensor",
-):
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-quantized_experts = torch.ops.graphopt.quantized_experts.default
-quantized_experts_backward = torch.ops.graphopt.quantized_experts_backward.default
 
 
 def experts(
@@ -163,13 +158,18 @@ def _fake_backward(grad: Tensor, _offsets: Tensor | None, *others: Any) -> Tenso
     return grad.new_empty((grad.shape[0], others[5]))
 
 
-for _name, _real, _meta in (
-    ("quantized_experts", _experts, _fake),
-    ("quantized_experts_backward", _backward, _fake_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        library.impl(_name, _real, _key)
-    torch.library.register_fake(f"graphopt::{_name}", _meta, lib=library)
+quantized_experts = register(
+    f"quantized_experts(Tensor input, Tensor? offsets, {WEIGHT}, int experts, {SCHEME}, "
+    "str activations) -> Tensor",
+    _experts,
+    _fake,
+)
+quantized_experts_backward = register(
+    f"quantized_experts_backward(Tensor grad, Tensor? offsets, {WEIGHT}, int experts, int width, "
+    f"{SCHEME}) -> Tensor",
+    _backward,
+    _fake_backward,
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -179,7 +179,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: 
 
 
 def _differentiated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_stored(ctx.needs_input_grad[2:6])
     made = quantized_experts_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return made, *[None] * 11
 
@@ -190,15 +189,9 @@ def _setup_again(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # 
 
 
 def _differentiated_again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_stored(ctx.needs_input_grad[2:6])
     return quantized_experts(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 11
 
 
-for _name, _back, _context in (
-    ("quantized_experts", _differentiated, _setup),
-    ("quantized_experts_backward", _differentiated_again, _setup_again),
-):
-    torch.library.register_autograd(
-        f"graphopt::{_name}", _back, setup_context=_context, lib=library
-    )
-autocast("quantized_experts", quantized_experts)
+differentiate(quantized_experts, _differentiated, _setup)
+differentiate(quantized_experts_backward, _differentiated_again, _setup_again)
+autocast(quantized_experts)

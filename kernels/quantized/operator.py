@@ -13,25 +13,9 @@ from graphopt.kernels.quantized import gpu, integers, paths
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.choice import choose
 from graphopt.kernels.quantized.int4pack import refusal
+from graphopt.kernels.quantized.registration import SCHEME, WEIGHT, register
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
-
-library = torch.library.Library("graphopt", "FRAGMENT")
-WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? tensor_scale"
-SCHEME = "int bits, str dtype, int? group_size, bool symmetric"
-for _schema in (
-    f"quantized_linear(Tensor input, {WEIGHT}, Tensor? bias, {SCHEME}, str activations, "
-    'str layout="plain") -> Tensor',
-    f'quantized_linear_backward(Tensor grad, {WEIGHT}, int width, {SCHEME}, str layout="plain")'
-    " -> Tensor",
-    f"quantized_embedding(Tensor indices, {WEIGHT}, int width, {SCHEME}, ScalarType out_dtype)"
-    " -> Tensor",
-):
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-quantized_linear = torch.ops.graphopt.quantized_linear.default
-quantized_linear_backward = torch.ops.graphopt.quantized_linear_backward.default
-quantized_embedding = torch.ops.graphopt.quantized_embedding.default
 
 ACTIVATIONS = ("none", "dynamic")
 LAYOUTS = ("plain", "int4pack")
@@ -185,11 +169,21 @@ def _fake_embedding(indices: Tensor, codes: Tensor, *others: object) -> Tensor:
     return codes.new_empty((*indices.shape, others[3]), dtype=others[-1])
 
 
-for _name, _real, _meta in (
-    ("quantized_linear", _linear, _fake_linear),
-    ("quantized_linear_backward", _linear_backward, _fake_linear_backward),
-    ("quantized_embedding", _embedding, _fake_embedding),
-):
-    for _key in ("CPU", "CUDA"):
-        library.impl(_name, _real, _key)
-    torch.library.register_fake(f"graphopt::{_name}", _meta, lib=library)
+quantized_linear = register(
+    f"quantized_linear(Tensor input, {WEIGHT}, Tensor? bias, {SCHEME}, str activations, "
+    'str layout="plain") -> Tensor',
+    _linear,
+    _fake_linear,
+)
+quantized_linear_backward = register(
+    f'quantized_linear_backward(Tensor grad, {WEIGHT}, int width, {SCHEME}, str layout="plain")'
+    " -> Tensor",
+    _linear_backward,
+    _fake_linear_backward,
+)
+quantized_embedding = register(
+    f"quantized_embedding(Tensor indices, {WEIGHT}, int width, {SCHEME}, ScalarType out_dtype)"
+    " -> Tensor",
+    _embedding,
+    _fake_embedding,
+)
