@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.kernels.quantized import QuantizedWeight, embedding, linear
+from graphopt.kernels.quantized.weight import OPERANDS
 
 PREFIX = "weight_"
 """Before the names of `QuantizedWeight.tensors` in state dicts."""
@@ -26,9 +27,8 @@ class _Stored(nn.Module):
     @property
     def weight(self) -> QuantizedWeight:
         """The weight, over the tensors that the module holds now."""
-        held = {n: self._buffers.get(PREFIX + n) for n in ("codes", "scales")}
-        rest = (self._buffers.get(PREFIX + n) for n in ("zeros", "tensor_scale"))
-        return QuantizedWeight(self.scheme, self.width, held["codes"], held["scales"], *rest)  # type: ignore[arg-type]
+        held = (self._buffers.get(PREFIX + name) for name in OPERANDS)
+        return QuantizedWeight(self.scheme, self.width, *held)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         stored = {id(b) for n, b in self._buffers.items() if n.startswith(PREFIX)}

@@ -16,6 +16,7 @@ from graphopt.interchange.folder import is_linear, sizes
 from graphopt.interchange.modules import QuantizedEmbedding, QuantizedLinear
 from graphopt.kernels.quantized import QuantizedWeight, Scheme
 from graphopt.kernels.quantized.remainder import weight_beside
+from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.program import Program
 from graphopt.rewrite import arguments
 
@@ -111,8 +112,7 @@ class _Recovery:
             start += rows
 
     def _weight(self, node: fx.Node, given: Mapping[str, Any]) -> QuantizedWeight:
-        names = ("codes", "scales", "zeros", "tensor_scale")
-        codes, scales, zeros, outer = (self._state(given[n], node) for n in names)
+        codes, scales, zeros, outer = (self._state(given[n], node) for n in OPERANDS)
         assert codes is not None and scales is not None
         scheme = Scheme(*(given[n] for n in ("bits", "dtype", "group_size", "symmetric")))
         width = given.get("width") or node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]

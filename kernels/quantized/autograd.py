@@ -33,18 +33,11 @@ def linear(
     Raises:
         ValueError: shapes do not fit, or the scheme has no such activations.
     """
-    scheme = weight.scheme
     return quantized_linear(
         x,
-        weight.codes,
-        weight.scales,
-        weight.zeros,
-        weight.tensor_scale,
+        *weight.operands,
         bias,
-        scheme.bits,
-        scheme.dtype,
-        scheme.group_size,
-        scheme.symmetric,
+        *weight.scheme.arguments,
         activations,
     )
 
@@ -57,18 +50,11 @@ def embedding(
     Raises:
         IndexError: an index is negative or N and more.
     """
-    scheme = weight.scheme
     return quantized_embedding(
         indices,
-        weight.codes,
-        weight.scales,
-        weight.zeros,
-        weight.tensor_scale,
+        *weight.operands,
         weight.width,
-        scheme.bits,
-        scheme.dtype,
-        scheme.group_size,
-        scheme.symmetric,
+        *weight.scheme.arguments,
         dtype,
     )
 

@@ -49,20 +49,16 @@ def conv(
     Raises:
         ValueError: shapes do not fit, or the scheme has no such activations.
     """
-    scheme = weight.scheme
     return quantized_conv(
         x,
-        *(weight.tensors.get(k) for k in ("codes", "scales", "zeros", "tensor_scale")),
+        *weight.operands,
         bias,
         list(kernel),
         list(stride),
         list(padding),
         list(dilation),
         groups,
-        scheme.bits,
-        scheme.dtype,
-        scheme.group_size,
-        scheme.symmetric,
+        *weight.scheme.arguments,
         activations,
     )
 

@@ -50,16 +50,12 @@ def experts(
         ValueError: shapes do not fit, offsets fall or exceed S, or the scheme has no such
             activations.
     """
-    scheme = weight.scheme
     return quantized_experts(
         x,
         offsets,
-        *(weight.tensors.get(k) for k in ("codes", "scales", "zeros", "tensor_scale")),
+        *weight.operands,
         count,
-        scheme.bits,
-        scheme.dtype,
-        scheme.group_size,
-        scheme.symmetric,
+        *weight.scheme.arguments,
         activations,
     )
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.kernels.quantized.weight import OPERANDS
+
 WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? tensor_scale"
 SCHEME = "int bits, str dtype, int? group_size, bool symmetric"
-_STORED = ("codes", "scales", "zeros", "tensor_scale")
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 
@@ -33,7 +34,7 @@ def differentiate(operator: Any, backward: Callable[..., Any], setup: Callable[.
     """Gradients of an operator as `torch.library.register_autograd` has them; stored tensors have
     none."""
     names = [argument.name for argument in operator._schema.arguments]
-    places = {name: names.index(name) for name in _STORED}
+    places = {name: names.index(name) for name in OPERANDS}
 
     def run(ctx: Any, grad: Tensor) -> Any:
         _refuse([name for name, place in places.items() if ctx.needs_input_grad[place]])

@@ -74,6 +74,11 @@ class Scheme:
             raise ValueError(f"group_size is {size}; it is positive, or None for output channels")
 
     @property
+    def arguments(self) -> tuple[int, str, int | None, bool]:
+        """The fields, in the order in which the operators take them."""
+        return self.bits, self.dtype, self.group_size, self.symmetric
+
+    @property
     def format(self) -> Format:
         return FORMATS[self.dtype]
 

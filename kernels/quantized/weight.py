@@ -15,6 +15,9 @@ from graphopt.kernels.quantized.scheme import Scheme
 _SCALES = {"mxfp4": (torch.uint8,), "nvfp4": (torch.float8_e4m3fn,)}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
+OPERANDS = ("codes", "scales", "zeros", "tensor_scale")
+"""The tensors of a weight, in the order in which the operators take them."""
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
@@ -67,15 +70,15 @@ class QuantizedWeight:
         return self.codes.shape[0], self.width
 
     @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The tensors as the operators take them."""
+        return self.codes, self.scales, self.zeros, self.tensor_scale
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by the names that the operators have for it."""
-        named = {
-            "codes": self.codes,
-            "scales": self.scales,
-            "zeros": self.zeros,
-            "tensor_scale": self.tensor_scale,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        named = zip(OPERANDS, self.operands, strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.passes.quantize import convolution_examples, sharing
 from graphopt.passes.quantize.linear import QuantizeLinear
 from graphopt.passes.quantize.names import USUAL, Scope
@@ -70,7 +71,7 @@ class QuantizeConvolution(QuantizeLinear):
 
     def _convolution(self, node: fx.Node, held: dict[str, fx.Node], build: Builder) -> fx.Node:
         build.anchor = node
-        given, window, scheme = arguments(node), window_of(node), self.settings.scheme
+        given, window = arguments(node), window_of(node)
         count = len(window.stride)
         x, batched = given["input"], val(node).dim() == count + 2
         x = x if batched else build(aten.unsqueeze.default, x, 0)
@@ -79,17 +80,14 @@ class QuantizeConvolution(QuantizeLinear):
         made = build(
             torch.ops.graphopt.quantized_conv.default,
             x,
-            *(held.get(k) for k in ("codes", "scales", "zeros", "tensor_scale")),
+            *map(held.get, OPERANDS),
             given["bias"],
             list(val(given["weight"]).shape[2:]),
             list(window.stride),
             list(window.padding),
             list(window.dilation),
             given["groups"],
-            scheme.bits,
-            scheme.dtype,
-            scheme.group_size,
-            scheme.symmetric,
+            *self.settings.scheme.arguments,
             self.settings.activations if given["groups"] == 1 else "none",
         )
         result: fx.Node = made if batched else build(aten.squeeze.dim, made, 0)

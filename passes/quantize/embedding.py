@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.program import val
 from graphopt.rewrite import Builder, arguments
 
@@ -22,12 +23,9 @@ def call(node: fx.Node, held: Mapping[str, fx.Node], scheme: Scheme, build: Buil
     made: fx.Node = build(
         torch.ops.graphopt.quantized_embedding.default,
         given["indices"],
-        *(held.get(k) for k in ("codes", "scales", "zeros", "tensor_scale")),
+        *map(held.get, OPERANDS),
         val(given["weight"]).shape[1],
-        scheme.bits,
-        scheme.dtype,
-        scheme.group_size,
-        scheme.symmetric,
+        *scheme.arguments,
         val(node).dtype,
     )
     return made

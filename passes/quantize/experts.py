@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.passes.quantize import expert_examples, sharing
 from graphopt.passes.quantize.arrange import arranged, restored
 from graphopt.passes.quantize.forms import Form, form_of, held, is_batched, products
@@ -110,17 +111,13 @@ class QuantizeExperts(QuantizeLinear):
         matrices: Tensor,
         build: Builder,
     ) -> fx.Node:
-        scheme = self.settings.scheme
         made: fx.Node = build(
             torch.ops.graphopt.quantized_experts.default,
             rows,
             offsets,
-            *(held.get(k) for k in ("codes", "scales", "zeros", "tensor_scale")),
+            *map(held.get, OPERANDS),
             matrices.shape[0],
-            scheme.bits,
-            scheme.dtype,
-            scheme.group_size,
-            scheme.symmetric,
+            *self.settings.scheme.arguments,
             self.settings.activations,
         )
         return made

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, fx
 
+from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.quantize import embedding, examples, remainder, sharing
 from graphopt.passes.quantize.names import USUAL, Scope
@@ -107,16 +108,13 @@ class QuantizeLinear(Rule):
         build.anchor = node
         if node.target is aten.embedding.default:
             return embedding.call(node, held, self.settings.scheme, build)
-        given, scheme = arguments(node), self.settings.scheme
+        given = arguments(node)
         made: fx.Node = build(
             torch.ops.graphopt.quantized_linear.default,
             beside.quantized(given["input"], build),
-            *(held.get(k) for k in ("codes", "scales", "zeros", "tensor_scale")),
+            *map(held.get, OPERANDS),
             given["bias"],
-            scheme.bits,
-            scheme.dtype,
-            scheme.group_size,
-            scheme.symmetric,
+            *self.settings.scheme.arguments,
             self.settings.activations,
         )
         return beside.add(made, given["input"], build)

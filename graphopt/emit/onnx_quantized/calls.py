@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from graphopt.emit.onnx_quantized.slots import EMBEDDING, LINEAR
 from graphopt.errors import ExportError
 from graphopt.kernels.quantized import QuantizedWeight, Scheme
+from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, arguments
 from graphopt.source import source_line
@@ -110,8 +111,7 @@ def _weight(program: Program, node: fx.Node) -> QuantizedWeight:
             where=source_line(node),
             fix="export what graphopt.compile returned",
         )
-    names = ("codes", "scales", "zeros", "tensor_scale")
-    stored = [None if given[n] is None else _tensor(program, given[n]) for n in names]
+    stored = [None if given[n] is None else _tensor(program, given[n]) for n in OPERANDS]
     width = given.get("width") or val(given["input"]).shape[-1]
     scheme = Scheme(given["bits"], given["dtype"], given["group_size"], given["symmetric"])
     codes, scales, zeros, outer = stored
