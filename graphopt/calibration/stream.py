@@ -2,19 +2,22 @@
 
 What holds the memory of calibration down is to run every sample up to a node, look at what all of
 them give there, change the program's weights, and go on from there: between two stops only the
-values that later nodes read are kept (for a transformer the residual stream and one more tensor),
-and no node runs twice.
+values that later nodes read are kept (for a transformer the residual stream and one more tensor).
+Going on from stop to stop runs no node twice; only what lies behind a mark that a stream is rewound
+to runs again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.flow import ancestors
 from graphopt.errors import GraphoptError
 from graphopt.program import Program
 
@@ -137,7 +140,7 @@ class Stream:
         if node in values:
             return values[node]
         if node.op == "get_attr":
-            return _attribute(self.program.graph_module, str(node.target))
+            return attrgetter(str(node.target))(self.program.graph_module)
         return self.state[node]
 
     def _forget_state(self, node: fx.Node) -> None:
@@ -150,13 +153,7 @@ class Stream:
 
 def _needed(graph: fx.Graph, until: Sequence[fx.Node]) -> list[fx.Node]:
     """Calls that a node of ``until`` depends on, and these, in graph order."""
-    wanted: set[fx.Node] = set()
-    queue = list(until)
-    while queue:
-        node = queue.pop()
-        if node not in wanted:
-            wanted.add(node)
-            queue += node.all_input_nodes
+    wanted = ancestors(until)
     return [n for n in graph.nodes if n in wanted and n.op not in ("placeholder", "get_attr")]
 
 
@@ -166,9 +163,3 @@ def _last_uses(nodes: Sequence[fx.Node], until: Sequence[fx.Node]) -> dict[fx.No
     for node in nodes:
         last.update(dict.fromkeys(node.all_input_nodes, node))
     return last
-
-
-def _attribute(owner: Any, path: str) -> Any:
-    for name in path.split("."):
-        owner = getattr(owner, name)
-    return owner
