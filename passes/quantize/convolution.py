@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.kernels.quantized.weight import OPERANDS
-from graphopt.passes.quantize import convolution_examples, sharing
+from graphopt.passes.quantize import convolution_examples
 from graphopt.passes.quantize.linear import QuantizeLinear
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.plan import Plan, Settings
-from graphopt.passes.quantize.refusals import constant_refusal, numbers_refusal, readers
+from graphopt.passes.quantize.refusals import numbers_refusal, readers
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, Candidate, Example, Match, Profit, Refusal, arguments
 
@@ -53,16 +53,12 @@ class QuantizeConvolution(QuantizeLinear):
             yield Candidate(Match(program, nodes, nodes, {"weight": weight}))
 
     def check(self, match: Match) -> Refusal | None:
-        program, weight = match.program, match["weight"]
-        if (found := constant_refusal(program, weight)) is not None:
-            return found
-        if (found := self.scope.skip.refusal(program, weight)) is not None:
-            return found
-        if (found := sharing.refusal(match, head=self.scope.head)) is not None:
+        if (found := self._weight_refusal(match)) is not None:
             return found
         if any(arguments(node).get("transposed") for node in match.nodes):
             return Refusal("a transposed convolution has no quantized form", match.root)
-        return numbers_refusal(_rows(program.tensor(weight)), self.settings.scheme, weight)
+        weight = match["weight"]
+        return numbers_refusal(_rows(match.program.tensor(weight)), self.settings.scheme, weight)
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]

@@ -46,16 +46,12 @@ class QuantizeExperts(QuantizeLinear):
             yield Candidate(Match(program, nodes, nodes, {"weight": weight, "sides": None}))
 
     def check(self, match: Match) -> Refusal | None:
-        program, weight = match.program, match["weight"]
+        weight = match["weight"]
         if weight.op != "placeholder":
             reason = f"`{weight.name}` computes the weights from constants, and was not folded"
             return Refusal(reason, weight)
-        if (found := self.scope.skip.refusal(program, weight)) is not None:
+        if (found := sharing.out_of_scope(match, self.scope)) is not None:
             return found
-        shown = None if self.scope.head else sharing.shown_product(match.nodes)
-        if shown is not None:
-            reason = f"`{shown.name}` is an output of the model: errors of a head are its own"
-            return Refusal(reason, shown, f"QuantizeMatmul:{sharing.HEAD}")
         read = [_matrices(match, node) for node in match.nodes]
         for matrices in read:
             if isinstance(matrices, Refusal):

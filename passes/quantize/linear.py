@@ -75,14 +75,15 @@ class QuantizeLinear(Rule):
             yield Candidate(Match(program, nodes, nodes, {"weight": weight}))
 
     def check(self, match: Match) -> Refusal | None:
-        program, weight = match.program, match["weight"]
-        if (found := constant_refusal(program, weight)) is not None:
+        if (found := self._weight_refusal(match)) is not None:
             return found
-        if (found := self.scope.skip.refusal(program, weight)) is not None:
-            return found
-        if (found := sharing.refusal(match, head=self.scope.head)) is not None:
-            return found
-        return numbers_refusal(program.tensor(weight), self.settings.scheme, weight)
+        weight = match["weight"]
+        return numbers_refusal(match.program.tensor(weight), self.settings.scheme, weight)
+
+    def _weight_refusal(self, match: Match) -> Refusal | None:
+        """Why the weight stays as it is, whatever its numbers are."""
+        constant = constant_refusal(match.program, match["weight"])
+        return constant or sharing.refusal(match, self.scope)
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]

@@ -68,14 +68,7 @@ class SpellProduct(Rule):
     def check(self, match: Match) -> Refusal | None:
         if "reason" in match:
             return Refusal(match["reason"], match.root)
-        program, weight = match.program, match["weight"]
-        if (found := self.scope.skip.refusal(program, weight)) is not None:
-            return found
-        shown = None if self.scope.head else sharing.shown_product(match.nodes)
-        if shown is not None:
-            reason = f"`{shown.name}` is an output of the model: errors of a head are its own"
-            return Refusal(reason, shown, f"QuantizeMatmul:{sharing.HEAD}")
-        return self._form_refusal(match)
+        return sharing.out_of_scope(match, self.scope) or self._form_refusal(match)
 
     def _form_refusal(self, match: Match) -> Refusal | None:
         forms = [form_of(match.program, n, side) for n, side in match["sides"].items()]

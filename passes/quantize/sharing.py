@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from graphopt.passes.quantize.names import Scope
 from graphopt.rewrite import Match, Refusal, arguments
 
 aten = torch.ops.aten
@@ -19,22 +20,33 @@ _PLAIN = frozenset(
 """Operators that show numbers without computing others."""
 
 
-def refusal(match: Match, *, head: bool) -> Refusal | None:
-    """Why the calls of a match cannot be rewritten on their ``weight``, and what would allow it."""
-    reasons, options = [], []
-    shown = None if head else shown_product(match.nodes)
-    if shown is not None:
-        reasons.append(f"`{shown.name}` is an output of the model: errors of a head are its own")
-        options.append(HEAD)
-    other = other_reader(match)
-    if other is not None:
-        reasons.append(f"`{other.name}` reads the weight too: quantized it would be held twice")
-        is_lookup = other.target is aten.embedding.default
-        options = [*options, EMBEDDINGS] if is_lookup else []
-    if not reasons:
+def out_of_scope(match: Match, scope: Scope) -> Refusal | None:
+    """Why the ``weight`` of a match is left alone: it is skipped, or a head."""
+    skipped = scope.skip.refusal(match.program, match["weight"])
+    return skipped or _head_refusal(match, scope)
+
+
+def _head_refusal(match: Match, scope: Scope) -> Refusal | None:
+    shown = None if scope.head else shown_product(match.nodes)
+    if shown is None:
         return None
-    option = f"QuantizeMatmul:{','.join(options)}" if options else None
-    return Refusal("; ".join(reasons), other if other is not None else shown, option)
+    reason = f"`{shown.name}` is an output of the model: errors of a head are its own"
+    return Refusal(reason, shown, f"QuantizeMatmul:{HEAD}")
+
+
+def refusal(match: Match, scope: Scope) -> Refusal | None:
+    """Why the calls of a match cannot be rewritten on their ``weight``, and what would allow it."""
+    if (skipped := scope.skip.refusal(match.program, match["weight"])) is not None:
+        return skipped
+    head, other = _head_refusal(match, scope), other_reader(match)
+    if other is None:
+        return head
+    reason = f"`{other.name}` reads the weight too: quantized it would be held twice"
+    reason = f"{head.reason}; {reason}" if head else reason
+    if other.target is not aten.embedding.default:
+        return Refusal(reason, other)
+    option = f"{head.option},{EMBEDDINGS}" if head else f"QuantizeMatmul:{EMBEDDINGS}"
+    return Refusal(reason, other, option)
 
 
 def other_reader(match: Match) -> fx.Node | None:
