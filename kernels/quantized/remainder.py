@@ -10,6 +10,7 @@ is off by far more.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, fields
 
@@ -22,7 +23,7 @@ _SHORT = torch.iinfo(torch.int16).max
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(ABC):
     """A matrix ``(N, K)`` that is stored as less."""
 
     @property
@@ -38,12 +39,13 @@ class Part:
         """The matrix, float32."""
         return self.product(torch.eye(width, device=next(iter(self.tensors.values())).device)).t()
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """``x (..., K)`` to ``(..., N)``, in the dtype of x."""
-        raise NotImplementedError(f"{type(self).__name__} has no product")
 
+    @abstractmethod
     def __str__(self) -> str:
-        raise NotImplementedError(f"{type(self).__name__} has no name")
+        """What is stored, for people."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Literal
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
-from graphopt.passes.quantize.methods import learning_refusal, methods
+from graphopt.passes.quantize.methods import Methods, learning_refusal, methods
 from graphopt.passes.quantize.names import Scope, Skip
 from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.products import SpellProducts
@@ -99,18 +99,18 @@ class QuantizeMatmul(Pass):
                 f"{self.dtype} weights have no quantized activations: give activations=None "
                 "(null in a recipe), or dtype='int' or 'fp8'"
             )
-        if self.steps is not None and (self.steps < 1 or methods(self.method).tuning is None):
+        if self.steps is not None and (self.steps < 1 or self._methods.tuning is None):
             raise ValueError("steps are those of method 'learned', and there is at least one")
-        if (refusal := learning_refusal(methods(self.method), scheme)) is not None:
+        if (refusal := learning_refusal(self._methods, scheme)) is not None:
             raise ValueError(refusal)
-        if methods(self.method).rounding == "hqq" and self.symmetric:
+        if self._methods.rounding == "hqq" and self.symmetric:
             raise ValueError("method hqq optimises zero points: give symmetric=False, dtype='int'")
 
         self._check_beside()
 
     def _check_beside(self) -> None:
         """Options of methods that are not asked for are mistakes."""
-        kinds, share = methods(self.method).beside, self.outliers
+        kinds, share = self._methods.beside, self.outliers
         if "outliers" not in kinds and (share is not None or self.outlier_kind != "columns"):
             raise ValueError("outliers and outlier_kind are options of method='outliers'")
         if share is not None and (share < 0 or (share >= 1 and share != round(share))):
@@ -121,6 +121,10 @@ class QuantizeMatmul(Pass):
             raise ValueError(f"rank={self.rank} is not 1 or more")
 
     @property
+    def _methods(self) -> Methods:
+        return methods(self.method)
+
+    @property
     def scheme(self) -> Scheme:
         return Scheme(self.bits, self.dtype, self.group_size, self.symmetric)
 
@@ -128,7 +132,7 @@ class QuantizeMatmul(Pass):
     def settings(self) -> Settings:
         return Settings(
             self.scheme,
-            methods(self.method),
+            self._methods,
             self.activations or "none",
             beside=self._beside,
             steps=self.steps or Settings.steps,
@@ -137,7 +141,7 @@ class QuantizeMatmul(Pass):
 
     @property
     def _beside(self) -> Beside:
-        kinds = methods(self.method).beside
+        kinds = self._methods.beside
         share = SHARE if self.outliers is None else self.outliers
         return Beside(
             share if "outliers" in kinds else None,
@@ -155,10 +159,10 @@ class QuantizeMatmul(Pass):
             self.scope.skip.check(program)
 
     def stages(self) -> Sequence[Pass]:
-        scaling = methods(self.method).scaling
+        scaling = self._methods.scaling
         last = QuantizeWeights(self, self.settings, self.scope)
         stages: list[Pass] = [SpellProducts(self, self.scheme, self.scope)]
-        if methods(self.method).rotates:
+        if self._methods.rotates:
             stages += rotating(self, last.matches)
         if scaling is not None:
             stages.append(ScaleBeforeQuantizing(self, self.scheme, scaling, last.matches))

@@ -84,10 +84,8 @@ class SpellProduct(Rule):
         return Refusal(f"`{match['weight'].name}` {reason}", match["weight"])
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
-        weight, made = (
-            match["weight"],
-            {place(match.program.tensor(match["weight"])): match["weight"]},
-        )
+        weight = match["weight"]
+        made = {place(match.program.tensor(weight)): weight}
         return tuple(
             self._linear(form, weight, made, build)
             for node, side in match["sides"].items()
