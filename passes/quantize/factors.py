@@ -17,6 +17,7 @@ from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.passes.quantize.observed import Observed, require_samples
 from graphopt.passes.quantize.plan import products_of
 from graphopt.passes.quantize.scaling import ScaleChannels, key_of, match_of, refusal
+from graphopt.passes.quantize.stage import Stage
 from graphopt.program import Program
 from graphopt.rewrite import Match, Pass, Rule, arguments
 
@@ -28,11 +29,10 @@ LARGEST = 1e4
 
 
 @dataclass(frozen=True)
-class ScaleBeforeQuantizing(Pass):
+class ScaleBeforeQuantizing(Stage):
     """Moves factors between layers before their weights are quantized; exact but for rounding.
 
     Attributes:
-        given: the pass that this is a stage of.
         method: ``"awq"``: factors are a power of the mean magnitude of a channel, the one under
             which rounded weights give the smallest error of products on calibration inputs.
             ``"smoothquant"``: the largest magnitudes of activations and weights meet half way.
@@ -40,19 +40,14 @@ class ScaleBeforeQuantizing(Pass):
         factors: by the names of what they divide; stopped: products that no factors reach.
     """
 
-    given: Pass
     scheme: Scheme
     method: str
     quantized: Callable[[Program], Sequence[Match]]
     factors: Mapping[str, Tensor | None] = field(default_factory=dict)
     stopped: frozenset[str] = frozenset()
 
-    @property
-    def name(self) -> str:
-        return self.given.name
-
     def options(self) -> dict[str, Any]:
-        return {**self.given.options(), "method": self.method}
+        return {**super().options(), "method": self.method}
 
     def rules(self) -> Sequence[Rule]:
         return (ScaleChannels(self.factors, self.stopped),)

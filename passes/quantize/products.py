@@ -20,6 +20,7 @@ from graphopt.passes.quantize.arrange import (
 from graphopt.passes.quantize.forms import Form, form_of, held, is_batched, products
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.refusals import numbers_refusal
+from graphopt.passes.quantize.stage import Stage
 from graphopt.passes.quantize.views import place
 from graphopt.program import Program, val
 from graphopt.rewrite import (
@@ -116,23 +117,11 @@ class SpellProduct(Rule):
 
 
 @dataclass(frozen=True)
-class SpellProducts(Pass):
-    """The first stage of QuantizeMatmul: products that will be quantized, as ``linear``.
+class SpellProducts(Stage):
+    """The first stage of QuantizeMatmul: products that will be quantized, as ``linear``."""
 
-    Attributes:
-        given: the pass that this is a stage of, and whose options the report shows.
-    """
-
-    given: Pass
     scheme: Scheme
     scope: Scope = USUAL
-
-    @property
-    def name(self) -> str:
-        return self.given.name
-
-    def options(self) -> dict[str, Any]:
-        return self.given.options()
 
     def rules(self) -> Sequence[Rule]:
         return (SpellProduct(self.scheme, self.scope),)

@@ -10,32 +10,27 @@ from graphopt.passes.quantize.plan import products_of
 from graphopt.passes.quantize.rotation_heads import RotateHeads
 from graphopt.passes.quantize.rotation_norms import before_rotating
 from graphopt.passes.quantize.rotation_stream import RotateStream
+from graphopt.passes.quantize.stage import Stage
 from graphopt.program import Program
 from graphopt.rewrite import Match, Pass, Rule
 
 
 @dataclass(frozen=True)
-class RotateBeforeQuantizing(Pass):
+class RotateBeforeQuantizing(Stage):
     """Rotates values that weights to be quantized write or read; exact but for rounding.
 
     Attributes:
-        given: the pass that this is a stage of.
         kind: of its rule, which takes the names of products to be quantized.
         quantized: finds these.
         products: their names, once they are known.
     """
 
-    given: Pass
     kind: Callable[[frozenset[str] | None], Rule]
     quantized: Callable[[Program], Sequence[Match]]
     products: frozenset[str] | None = None
 
-    @property
-    def name(self) -> str:
-        return self.given.name
-
     def options(self) -> dict[str, Any]:
-        return {**self.given.options(), "method": "rotate"}
+        return {**super().options(), "method": "rotate"}
 
     def rules(self) -> Sequence[Rule]:
         return (self.kind(self.products),)

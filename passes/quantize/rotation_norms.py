@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from graphopt.passes.composites.norms import RecognizeLayerNorm, RecognizeRMSNorm
 from graphopt.passes.fold_constants import FoldCone
 from graphopt.passes.fold_norm_affine import FoldAffine
 from graphopt.passes.pre_rms_norm import CentreStream
+from graphopt.passes.quantize.stage import Stage
 from graphopt.rewrite import Pass, Profit, Rule
 
 
 @dataclass(frozen=True)
-class Prepared(Pass):
+class Prepared(Stage):
     """An exact step that makes room for others, whatever it gains by itself.
 
     Attributes:
-        given: the pass that this is a stage of.
         kinds: of its rules.
     """
 
-    given: Pass
     kinds: tuple[Callable[[], Rule], ...]
-
-    @property
-    def name(self) -> str:
-        return self.given.name
-
-    def options(self) -> dict[str, Any]:
-        return self.given.options()
 
     def rules(self) -> Sequence[Rule]:
         made = [kind() for kind in self.kinds]

@@ -14,30 +14,22 @@ from graphopt.passes.quantize.lookups import QuantizeEmbedding
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.observed import require_samples
 from graphopt.passes.quantize.plan import Plan, Settings, calibrate
+from graphopt.passes.quantize.stage import Stage
 from graphopt.program import Program
 from graphopt.rewrite import Match, Pass, Rule
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(Pass):
+class QuantizeWeights(Stage):
     """Products on weights of the model, these quantized as a plan has them.
 
     Attributes:
-        given: the pass that this is a stage of, and whose options the report shows.
         plan: what calibration made of weights.
     """
 
-    given: Pass
     settings: Settings
     scope: Scope = USUAL
     plan: Plan = field(default_factory=Plan)
-
-    @property
-    def name(self) -> str:
-        return self.given.name
-
-    def options(self) -> dict[str, Any]:
-        return self.given.options()
 
     def rules(self) -> Sequence[Rule]:
         kinds = [QuantizeLinear, QuantizeExperts, QuantizeConvolution]
