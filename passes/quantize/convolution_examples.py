@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from graphopt.passes.quantize.cases import Cases
 from graphopt.rewrite import Example
 
 
-class Kernels(nn.Module):
-    """Kernels of one to three dimensions, a bias, and a function of the module and an input."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], kind: torch.dtype) -> None:
-        super().__init__()
-        self.w1 = nn.Parameter(torch.randn(24, 16, 3) / 7)
-        self.w2 = nn.Parameter(torch.randn(24, 16, 3, 2) / 10)
-        self.w3 = nn.Parameter(torch.randn(24, 16, 2, 1, 3) / 10)
-        self.each = nn.Parameter(torch.randn(16, 1, 3, 3) / 3)
-        self.pairs = nn.Parameter(torch.randn(24, 8, 3, 3) / 9)
-        self.b = nn.Parameter(torch.randn(24))
-        self.function = function
-        self.to(kind)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+def _held() -> dict[str, nn.Parameter]:
+    """Kernels of one to three dimensions, and a bias."""
+    return {
+        "w1": nn.Parameter(torch.randn(24, 16, 3) / 7),
+        "w2": nn.Parameter(torch.randn(24, 16, 3, 2) / 10),
+        "w3": nn.Parameter(torch.randn(24, 16, 2, 1, 3) / 10),
+        "each": nn.Parameter(torch.randn(16, 1, 3, 3) / 3),
+        "pairs": nn.Parameter(torch.randn(24, 8, 3, 3) / 9),
+        "b": nn.Parameter(torch.randn(24)),
+    }
 
 
-def _case(
-    name: str,
-    function: Callable[[Any, Tensor], Any],
-    *shape: int,
-    kind: torch.dtype = torch.float32,
-    **options: Any,
-) -> Example:
-    sizes = shape or (2, 16, 9, 8)
-    return Example(
-        name, lambda: Kernels(function, kind), lambda: (torch.randn(sizes, dtype=kind),), **options
-    )
+_case = Cases(_held, (2, 16, 9, 8))
 
 
 def examples() -> Iterator[Example]:

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from graphopt.passes.quantize.cases import Cases
 from graphopt.rewrite import Example
 
 INPUTS, OUTPUTS = 64, 48
 
 
-class Model(nn.Module):
-    """A weight, and a function of the module and an input."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], kind: torch.dtype) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(OUTPUTS, INPUTS) / 8)
-        self.b = nn.Parameter(torch.randn(OUTPUTS))
-        self.function = function
-        self.to(kind)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+def _held() -> dict[str, nn.Parameter]:
+    return {
+        "w": nn.Parameter(torch.randn(OUTPUTS, INPUTS) / 8),
+        "b": nn.Parameter(torch.randn(OUTPUTS)),
+    }
 
 
-def _case(
-    name: str,
-    function: Callable[[Any, Tensor], Any],
-    *shape: int,
-    kind: torch.dtype = torch.float32,
-    **options: Any,
-) -> Example:
-    sizes = shape or (5, 7, INPUTS)
-    return Example(
-        name, lambda: Model(function, kind), lambda: (torch.randn(sizes, dtype=kind),), **options
-    )
+_case = Cases(_held, (5, 7, INPUTS))
 
 
 def examples() -> Iterator[Example]:
@@ -68,8 +51,8 @@ def near_misses() -> Iterator[Example]:
     )
 
 
-def _infinite() -> Model:
-    model = Model(lambda m, x: F.linear(x, m.w).relu().clamp(max=1.0), torch.float32)
+def _infinite() -> nn.Module:
+    model = _case.model(lambda m, x: F.linear(x, m.w).relu().clamp(max=1.0))
     with torch.no_grad():
         model.w[3, 4] = torch.inf
     return model

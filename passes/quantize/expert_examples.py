@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphopt.passes.quantize.cases import Cases
 from graphopt.rewrite import Example
 
 
-class _Experts(nn.Module):
-    def __init__(self, function: Callable[[Any, Tensor], Any], kind: torch.dtype) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(4, 24, 32) / 6)
-        self.out = nn.Parameter(torch.randn(4, 32, 16) / 6)
-        self.register_buffer("ends", torch.tensor([3, 3, 10, 16], dtype=torch.int32))
-        self.function = function
-        self.to(kind)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+def _held() -> dict[str, Tensor]:
+    return {
+        "w": nn.Parameter(torch.randn(4, 24, 32) / 6),
+        "out": nn.Parameter(torch.randn(4, 32, 16) / 6),
+        "ends": nn.Buffer(torch.tensor([3, 3, 10, 16], dtype=torch.int32)),
+    }
 
 
-def _case(
-    name: str,
-    function: Callable[[Any, Tensor], Any],
-    *shape: int,
-    kind: torch.dtype = torch.float32,
-    **options: Any,
-) -> Example:
-    sizes = shape or (4, 5, 32)
-    return Example(
-        name, lambda: _Experts(function, kind), lambda: (torch.randn(sizes, dtype=kind),), **options
-    )
+_case = Cases(_held, (4, 5, 32))
 
 
 def _grouped(m: Any, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphopt.passes.quantize.cases import Function, Model
 from graphopt.passes.quantize.linear import QuantizeLinear
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.plan import Plan, Settings
@@ -72,41 +73,31 @@ class QuantizeEmbedding(QuantizeLinear):
         yield _case("updated", _updated, reason="the model writes")
 
 
-class _Words(nn.Module):
-    """A table of 40 words, and a function of the module and of indices."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], kind: torch.dtype) -> None:
-        super().__init__()
-        self.words = nn.Embedding(40, 64)
-        self.table: Tensor
-        self.register_buffer("table", torch.randn(40, 64))
-        self.function = function
-        self.to(kind)
-
-    def forward(self, indices: Tensor) -> Any:
-        return self.function(self, indices)
+def _held() -> dict[str, nn.Module | Tensor]:
+    """Tables of 40 words."""
+    return {"words": nn.Embedding(40, 64), "table": nn.Buffer(torch.randn(40, 64))}
 
 
 def _case(
-    name: str,
-    function: Callable[[Any, Tensor], Any],
-    kind: torch.dtype = torch.float32,
-    **options: Any,
+    name: str, function: Function, kind: torch.dtype = torch.float32, **options: Any
 ) -> Example:
     return Example(
-        name, lambda: _Words(function, kind), lambda: (torch.randint(40, (3, 5)),), **options
+        name,
+        lambda: Model(_held(), function).to(kind),
+        lambda: (torch.randint(40, (3, 5)),),
+        **options,
     )
 
 
-def _bags(module: _Words, indices: Tensor) -> Tensor:
+def _bags(module: Any, indices: Tensor) -> Tensor:
     return F.embedding_bag(indices, module.words.weight)
 
 
-def _bounded(module: _Words, indices: Tensor) -> Tensor:
+def _bounded(module: Any, indices: Tensor) -> Tensor:
     return F.embedding(indices, module.table.clone(), max_norm=1.0)
 
 
-def _updated(module: _Words, indices: Tensor) -> Tensor:
+def _updated(module: Any, indices: Tensor) -> Tensor:
     found = F.embedding(indices, module.table).sin()
     module.table.mul_(0.5)
     return found

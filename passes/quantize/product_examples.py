@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphopt.passes.quantize.cases import Cases
 from graphopt.rewrite import Example
 
 WIDTH = 32
 
 
-class Weights(nn.Module):
-    """A matrix, a bias, a batch of matrices, and a function of the module and an input."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], kind: torch.dtype) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(WIDTH, WIDTH) / 6)
-        self.b = nn.Parameter(torch.randn(WIDTH))
-        self.heads = nn.Parameter(torch.randn(WIDTH, 4, 8) / 6)
-        self.e = nn.Parameter(torch.randn(3, WIDTH, 16) / 6)
-        self.function = function
-        self.to(kind)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+def _held() -> dict[str, nn.Parameter]:
+    """A matrix, a bias, a weight of heads, and a batch of matrices."""
+    return {
+        "w": nn.Parameter(torch.randn(WIDTH, WIDTH) / 6),
+        "b": nn.Parameter(torch.randn(WIDTH)),
+        "heads": nn.Parameter(torch.randn(WIDTH, 4, 8) / 6),
+        "e": nn.Parameter(torch.randn(3, WIDTH, 16) / 6),
+    }
 
 
-def case(
-    name: str,
-    function: Callable[[Any, Tensor], Any],
-    *shape: int,
-    kind: torch.dtype = torch.float32,
-    **options: Any,
-) -> Example:
-    sizes = shape or (3, 5, WIDTH)
-    return Example(
-        name, lambda: Weights(function, kind), lambda: (torch.randn(sizes, dtype=kind),), **options
-    )
+case = Cases(_held, (3, 5, WIDTH))
 
 
 def _dynamic(*dims: int) -> Any:
@@ -119,8 +104,8 @@ def _overlapping(m: Any, x: Tensor) -> Tensor:
     return F.linear(x, m.w[:20]).relu().sum(-1) + F.linear(x, m.w[10:]).relu().sum(-1)
 
 
-def _infinite() -> Weights:
-    model = Weights(lambda m, x: (m.w @ x.mT).relu().clamp(max=1.0), torch.float32)
+def _infinite() -> nn.Module:
+    model = case.model(lambda m, x: (m.w @ x.mT).relu().clamp(max=1.0))
     with torch.no_grad():
         model.w[3, 4] = torch.inf
     return model

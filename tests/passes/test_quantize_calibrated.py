@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantize_models import Experts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -138,26 +139,11 @@ def test_calibration_that_does_not_fit() -> None:
         quantized(bits=4, method="gptq", calibration=bad)
 
 
-class Experts(nn.Module):
-    """Rows go to one of two experts; the second is never asked by positive inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for index, expert in enumerate(self.experts):
-            rows = ((x[:, 0] < 0) == bool(index)).nonzero()[:, 0]
-            out = out.index_add(0, rows, expert(x[rows]).relu())
-        return out
-
-
 def test_an_expert_that_saw_nothing_is_rounded_and_says_so() -> None:
     torch.manual_seed(0)
     positive = [torch.rand(16, WIDTH) for _ in range(3)]
     fast = graphopt.compile(
-        Experts().eval(),
+        Experts(WIDTH).eval(),
         example_inputs=(torch.randn(16, WIDTH),),
         calibration=positive,
         passes=["Canonicalize", QuantizeMatmul(bits=4, activations=None, method="gptq")],

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantize_models import Experts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -183,25 +184,10 @@ def test_half_precision_and_samples_of_different_lengths() -> None:
     assert found[0] < found[1]
 
 
-class Experts(nn.Module):
-    """Rows go to one of two experts; the second is never asked by positive inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for index, expert in enumerate(self.experts):
-            rows = ((x[:, 0] < 0) == bool(index)).nonzero()[:, 0]
-            out = out.index_add(0, rows, expert(x[rows]).relu())
-        return out
-
-
 def test_an_expert_that_saw_nothing_is_rounded() -> None:
     torch.manual_seed(0)
     data = [torch.rand(16, WIDTH) for _ in range(3)]
-    calibration, _ = prepared(Experts().eval(), data, (torch.randn(16, WIDTH),), steps=5)
+    calibration, _ = prepared(Experts(WIDTH).eval(), data, (torch.randn(16, WIDTH),), steps=5)
     plan = calibration.run(lambda _text: None)
     assert set(plan.weights) == {"experts.0.weight", "experts.1.weight"}
     assert "saw no calibration rows" in plan.notes["experts.1.weight"]
