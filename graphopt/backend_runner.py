@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from graphopt.analysis.aliases import is_view, memory_of
 from graphopt.capture_memory import Memory
 from graphopt.memory import overlapping
-from graphopt.program import OutputKind, Program
+from graphopt.program import Program
+from graphopt.signature import OutputKind
 
 Compiled = Callable[..., Any]
 

@@ -16,7 +16,8 @@ from graphopt import huggingface
 from graphopt.capture_checks import checked_call
 from graphopt.capture_specs import Call
 from graphopt.capture_watch import left_as_it_is, same_answers
-from graphopt.program import CallSpec, Program
+from graphopt.program import Program
+from graphopt.signature import CallSpec
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

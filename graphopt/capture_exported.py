@@ -16,16 +16,8 @@ from graphopt.capture_limits import allowing_one, traced_assumptions
 from graphopt.capture_lowering import lower_in_place
 from graphopt.capture_modes import changes_mode, inline_grad_modes
 from graphopt.errors import CaptureError
-from graphopt.program import (
-    CallSpec,
-    InputKind,
-    OutputKind,
-    Program,
-    ProgramInput,
-    ProgramOutput,
-    is_mutating,
-    val,
-)
+from graphopt.program import Program, is_mutating, val
+from graphopt.signature import CallSpec, InputKind, OutputKind, ProgramInput, ProgramOutput
 from graphopt.source import source_line
 
 aten = torch.ops.aten

@@ -20,7 +20,8 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 from graphopt.capture_axes import Axes, Axis, Path
 from graphopt.capture_tables import table_limits
 from graphopt.errors import CaptureError
-from graphopt.program import Assumption, Program, val
+from graphopt.program import Program, val
+from graphopt.signature import Assumption
 from graphopt.source import is_user_file, traced_line
 
 _SOURCE = re.compile(r"L(?:\['[^']*'\]|\[\d+\]|\.[A-Za-z_]\w*\b(?!\())+(?:\.size\(\)\[\d+\])?")

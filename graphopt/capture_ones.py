@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from graphopt.capture_call import Example
 from graphopt.capture_watch import left_as_it_is
 from graphopt.errors import CaptureError
-from graphopt.program import Assumption, OutputKind, Program, val
+from graphopt.program import Program, val
 from graphopt.rewrite.rule import Numeric
 from graphopt.room import crowded
+from graphopt.signature import Assumption, OutputKind
 from graphopt.verify.inputs import accepts, combinations_with_one, fresh_inputs, symbols_of
 from graphopt.verify.measure import compare, kernel_tolerance
 

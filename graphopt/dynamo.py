@@ -14,7 +14,8 @@ from graphopt.capture_errors import first_line
 from graphopt.capture_exported import keep_differentiable, spell_layout_free
 from graphopt.dynamo_sizes import read_sizes_off_inputs
 from graphopt.errors import CaptureError
-from graphopt.program import InputKind, OutputKind, Program, ProgramInput, ProgramOutput
+from graphopt.program import Program
+from graphopt.signature import InputKind, OutputKind, ProgramInput, ProgramOutput
 from graphopt.source import source_line
 
 _SET_GRAD = torch._C._set_grad_enabled

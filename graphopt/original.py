@@ -14,7 +14,8 @@ from graphopt.capture_errors import first_line
 from graphopt.capture_watch import left_as_it_is
 from graphopt.errors import CaptureError
 from graphopt.memory import has_storage, storage
-from graphopt.program import OutputKind, Program, ProgramOutput
+from graphopt.program import Program
+from graphopt.signature import OutputKind, ProgramOutput
 from graphopt.source import frames_of_traceback, innermost
 from graphopt.verify.replay import SEED
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.program import OutputKind, Program, compute_nodes, operator_name, val
+from graphopt.program import Program, compute_nodes, operator_name, val
+from graphopt.signature import OutputKind
 from graphopt.source import source_line
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}

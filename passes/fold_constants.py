@@ -14,7 +14,7 @@ from graphopt.analysis.aliases import is_returned, is_view
 from graphopt.analysis.flow import ancestors
 from graphopt.analysis.purity import is_pure
 from graphopt.passes.canonicalize.identity import case
-from graphopt.program import InputKind, Program, val
+from graphopt.program import Program, val
 from graphopt.rewrite import (
     Builder,
     Candidate,
@@ -26,6 +26,7 @@ from graphopt.rewrite import (
     Rule,
 )
 from graphopt.rewrite.subgraph import extract
+from graphopt.signature import InputKind
 
 aten = torch.ops.aten
 

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 import graphopt
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
-from graphopt.program import InputKind, OutputKind, Program
+from graphopt.program import Program
+from graphopt.signature import InputKind, OutputKind
 
 Pair = namedtuple("Pair", ["first", "second"])
 

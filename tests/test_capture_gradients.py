@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphopt.capture import capture
 from graphopt.errors import CaptureError
-from graphopt.program import OutputKind
+from graphopt.signature import OutputKind
 
 
 class Two(nn.Module):

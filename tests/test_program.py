@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.errors import IllegalRewriteError
-from graphopt.program import InputKind, OutputKind, Program
+from graphopt.program import Program
+from graphopt.signature import InputKind, OutputKind
 
 aten = torch.ops.aten
 

@@ -22,8 +22,9 @@ from torch.export.graph_signature import OutputKind as TorchOutput
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import ExportError
-from graphopt.program import InputKind, OutputKind, Program, ProgramInput, copy_graph, val
+from graphopt.program import Program, copy_graph, val
 from graphopt.rewrite.builder import is_folded
+from graphopt.signature import InputKind, OutputKind, ProgramInput
 
 _ORDER = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.USER)
 _INPUTS = {

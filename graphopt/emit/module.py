@@ -19,9 +19,10 @@ from graphopt.emit.guards import CallBinder, InputGuard
 from graphopt.emit.memory import Write, store
 from graphopt.errors import GraphoptError
 from graphopt.memory import overlapping
-from graphopt.program import InputKind, OutputKind, Program
+from graphopt.program import Program
 from graphopt.report.model import Report
 from graphopt.rewrite.builder import is_folded
+from graphopt.signature import InputKind, OutputKind
 
 _USER = OutputKind.USER
 

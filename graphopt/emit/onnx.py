@@ -21,7 +21,8 @@ from graphopt.emit.unchunked import unchunked
 from graphopt.errors import ExportError
 from graphopt.files import atomic_path
 from graphopt.kernels.quantized.remainder import weight_beside
-from graphopt.program import Assumption, Program
+from graphopt.program import Program
+from graphopt.signature import Assumption
 from graphopt.verify.timing import Pace, interleaved
 
 EXTERNAL_ABOVE = 1_800_000_000

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from graphopt.emit.onnx_quantized.calls import quantized_nodes, unrounded
 from graphopt.errors import MissingDependencyError, VerificationError
-from graphopt.program import OutputKind, Program
+from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
+from graphopt.signature import OutputKind
 from graphopt.verify.inputs import sizes_of_one, unseen_sizes
 from graphopt.verify.measure import Measure, compare, worst
 from graphopt.verify.trials import fresh_or_refused, rounded_runs

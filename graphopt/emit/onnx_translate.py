@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from graphopt.emit.exported import to_exported
 from graphopt.emit.onnx_quantized import translations
 from graphopt.errors import ExportError
-from graphopt.program import InputKind, OutputKind, Program
+from graphopt.program import Program
+from graphopt.signature import InputKind, OutputKind
 from graphopt.source import source_line
 
 

@@ -21,8 +21,9 @@ from graphopt.errors import GraphoptError, LoadError
 from graphopt.loading.expressions import MAX_LENGTH, power_reason
 from graphopt.loading.named_returns import with_names
 from graphopt.loading.plain_values import decoded, encoded
-from graphopt.program import Assumption, CallSpec, Program, val
+from graphopt.program import Program, val
 from graphopt.report.serial import build
+from graphopt.signature import Assumption, CallSpec
 
 SIDE_FILE = "graphopt.json"
 FORMAT = 2

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from graphopt.printer import describe
-from graphopt.program import InputKind, Program, operator_name, val
+from graphopt.program import Program, operator_name, val
 from graphopt.report.model import NodeView
+from graphopt.signature import InputKind
 from graphopt.source import module_path, source_line
 
 _DYNAMO_ROOT = re.compile(r"^L\['\w+'\]\.?")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.program import OutputKind, Program
+from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
 from graphopt.rewrite.subgraph import float64_by_default, widen
+from graphopt.signature import OutputKind
 from graphopt.verify.inputs import is_empty
 from graphopt.verify.measure import Measure, compare, rms, worst
 from graphopt.verify.replay import SEED, without_dropout

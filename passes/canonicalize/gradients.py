@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.passes.canonicalize.identity import Identity, case
-from graphopt.program import InputKind, Program, val
+from graphopt.program import Program, val
 from graphopt.rewrite import Builder, Candidate, Example, Match, op
+from graphopt.signature import InputKind
 
 aten = torch.ops.aten
 

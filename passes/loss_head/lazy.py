@@ -13,8 +13,9 @@ from graphopt.kernels.deferred import VIEWS, deferred
 from graphopt.passes.loss_head.call import cut, whole
 from graphopt.passes.loss_head.rows import Flat, RowSet, shape_of
 from graphopt.passes.loss_head.translate import Translation
-from graphopt.program import OutputKind, Program
+from graphopt.program import Program
 from graphopt.rewrite import Builder
+from graphopt.signature import OutputKind
 
 aten = torch.ops.aten
 

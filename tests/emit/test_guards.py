@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from graphopt.capture import capture
 from graphopt.emit.guards import InputGuard, compiled
 from graphopt.errors import GraphoptError
-from graphopt.program import Assumption, Program
+from graphopt.program import Program
+from graphopt.signature import Assumption
 
 AXES = {0: "batch", 1: "seq"}
 

@@ -16,8 +16,9 @@ from graphopt.capture import capture
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import CaptureError, GraphoptError, VerificationError
 from graphopt.pipeline import Context, certify, run_pass
-from graphopt.program import Assumption, Program
+from graphopt.program import Program
 from graphopt.rewrite import Numeric, Profit, Refusal, Rule, op
+from graphopt.signature import Assumption
 from graphopt.verify.inputs import accepts, sizes_of_one, symbols_of, unseen_sizes
 
 aten = torch.ops.aten
