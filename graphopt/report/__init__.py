@@ -8,16 +8,28 @@ from graphopt.report.model import (
     NodeView,
     PassSummary,
     Report,
+    Trade,
     json_schema,
+)
+from graphopt.report.quantized import (
+    FloatWeight,
+    OutputFidelity,
+    Quantization,
+    QuantizedLayer,
 )
 
 __all__ = [
     "SCHEMA",
     "Applied",
     "Certificate",
+    "FloatWeight",
     "MissedRewrite",
     "NodeView",
+    "OutputFidelity",
     "PassSummary",
+    "Quantization",
+    "QuantizedLayer",
     "Report",
+    "Trade",
     "json_schema",
 ]

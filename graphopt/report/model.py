@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from graphopt.errors import LoadError
+from graphopt.report.quantized import Quantization
 from graphopt.report.serial import build, finite, plain
 
 SCHEMA = 1
@@ -66,7 +67,7 @@ class MissedRewrite:
     """A candidate that was left alone.
 
     ``stage`` says where it ended: ``match`` (looked alike), ``check`` (refused), ``verify`` (rolled
-    back), ``profit`` (slower here).
+    back), ``profit`` (slower here). ``weights`` names those that it would have stored otherwise.
     """
 
     pass_name: str
@@ -76,6 +77,7 @@ class MissedRewrite:
     source: str | None = None
     option: str | None = None
     stage: str = "check"
+    weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,23 @@ class NodeView:
     target: str | None = None
 
 
+@dataclass(frozen=True)
+class Trade:
+    """A set of formats that a search for bits looked at: what it takes, and what it costs.
+
+    Attributes:
+        bytes: of the whole model's stored tensors.
+        loss: estimated, in the units of the search's sensitivities.
+        quality: measured by the user's callable; None where it was not asked.
+        chosen: whether the model was made with it.
+    """
+
+    bytes: int
+    loss: float
+    quality: float | None = None
+    chosen: bool = False
+
+
 @dataclass
 class Report:
     """Everything `explain` and `optimize` can tell about one model."""
@@ -135,6 +154,8 @@ class Report:
     environment: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     recipe: list[dict[str, Any]] = field(default_factory=list)
+    trades: list[Trade] = field(default_factory=list)
+    quantization: Quantization | None = None
     graph_before: list[NodeView] = field(default_factory=list)
     graph_after: list[NodeView] = field(default_factory=list)
     schema: int = SCHEMA

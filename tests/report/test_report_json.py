@@ -18,10 +18,15 @@ from graphopt.report import (
     SCHEMA,
     Applied,
     Certificate,
+    FloatWeight,
     MissedRewrite,
     NodeView,
+    OutputFidelity,
     PassSummary,
+    Quantization,
+    QuantizedLayer,
     Report,
+    Trade,
     json_schema,
 )
 
@@ -31,6 +36,11 @@ ROWS = {
     "missed": MissedRewrite,
     "node": NodeView,
     "pass": PassSummary,
+    "layer": QuantizedLayer,
+    "float": FloatWeight,
+    "output": OutputFidelity,
+    "quantization": Quantization,
+    "trade": Trade,
 }
 
 
