@@ -10,6 +10,8 @@ from typing import Any
 
 from graphopt.errors import IllegalRewriteError, VerificationError
 from graphopt.program import Program
+from graphopt.quantized_outputs import Outputs
+from graphopt.quantized_summary import Gathered, state_bytes
 from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
@@ -42,6 +44,7 @@ class Context:
         inputs: sets of flat user inputs; the first is the captured one.
         skipped: in words, inputs that the model itself refuses.
         samples: sets of flat user inputs to calibrate on.
+        quantized: what is known of weights in few bits.
         thin: what stands in for the program in verification, where the program is too large.
     """
 
@@ -55,6 +58,7 @@ class Context:
     skipped: list[str] = field(default_factory=list)
     samples: Sequence[Sequence[Any]] = ()
     thin: Thin | None = None
+    quantized: Gathered = field(default_factory=Gathered)
 
     @classmethod
     def of(cls, program: Program, thin: Thin | None = None, **options: Any) -> Context:
@@ -144,6 +148,8 @@ def _verify(program: Program, log: Log, context: Context) -> dict[Key, Verdict]:
         stopwatch = context.stopwatch if index == 0 else None
         for verdict in Replay(program, log, stopwatch).judge(inputs):
             key = verdict.rewrite.key
+            if index not in context.quantized.shown:
+                verdict.energies = ()
             found[key] = found[key].merge(verdict) if key in found else verdict
     return found
 
@@ -182,7 +188,8 @@ def _record(
     for rewrite in outcome.log.rewrites:
         verdict = outcome.verdicts[rewrite.key]
         report.applied.append(_applied(step, rewrite, verdict, digest))
-        report.notes += [rewrite.remark] if rewrite.remark else []
+        if not context.quantized.take(rewrite, verdict) and rewrite.remark:
+            report.notes.append(rewrite.remark)
     for verdict in rejected.values():
         report.missed.append(_taken_back(step, verdict))
     for missed in outcome.log.missed.values():
@@ -194,6 +201,7 @@ def _record(
             missed.source,
             missed.option,
             missed.stage,
+            missed.weights,
         )
         report.missed.append(row)
     slower = sum(v.ok for v in rejected.values())
@@ -256,17 +264,12 @@ def _taken_back(step: Pass, verdict: Verdict) -> MissedRewrite:
         rewrite.source,
         "measure=False" if verdict.ok else rewrite.rule.lift,
         stage,
+        rewrite.weights,
     )
 
 
 def _size(program: Program) -> int:
     return sum(1 for n in program.graph.nodes if n.op not in ("placeholder", "output"))
-
-
-def state_bytes(program: Program) -> int:
-    """Bytes of distinct tensors the program holds."""
-    distinct = {id(t): t for t in program.state.values()}
-    return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
 def certify(original: Program, optimized: Program, context: Context, *, name: str) -> bool:
@@ -281,11 +284,13 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
         original, optimized = context.thin.original, context.thin.program
     optimized = full_program(optimized)
     tolerance = _loss(context.report.losses, math.inf if context.judged else 1.0)
-    sound = True
-    for inputs in context.inputs:
-        certificate, ok = _certify_once(original, optimized, inputs, tolerance, name)
+    sound, outputs = True, Outputs(original)
+    for index, inputs in enumerate(context.inputs):
+        seen = context.quantized.seen(index, outputs)
+        certificate, ok = _certify_once(original, optimized, inputs, tolerance, name, seen)
         context.report.whole.append(certificate)
         sound &= ok
+    context.quantized.outputs = outputs.rows
     return sound
 
 
@@ -303,9 +308,10 @@ def _certify_once(
     inputs: list[Any],
     tolerance: float | None,
     name: str,
+    seen: Outputs | None,
 ) -> tuple[Certificate, bool]:
     numeric = Numeric.REASSOCIATED if tolerance is None else Numeric.LOSSY
-    outputs, gradients = hold(original, optimized, inputs, numeric, tolerance or 0.0)
+    outputs, gradients = hold(original, optimized, inputs, numeric, tolerance or 0.0, seen=seen)
     ok = outputs.ok and (gradients is None or gradients.ok)
     notes = tuple(m.note for m in (outputs, gradients) if m is not None and m.note)
     certificate = Certificate(

@@ -183,6 +183,16 @@ class Program:
         held = self.state[target]
         return {name: held.shape for name, tensor in self.state.items() if tensor is held}
 
+    def weight_names(self, node: fx.Node) -> list[str]:
+        """Names of the weights that a state placeholder is, or was computed from, in order.
+
+        Tied weights have several, and so have projections that were merged. Vectors that were
+        folded into a weight, such as the scale of a norm, lend it no name.
+        """
+        own, sources = self.target_of(node), self.sources(node)
+        named = [name for name, shape in sources.items() if len(shape) > 1 or name == own]
+        return named or [own or node.name]
+
     def add_state(
         self,
         name: str,

@@ -99,12 +99,18 @@ def rewrite_program(
         program, thin, strict=options.strict, measure=options.measure, judged=judged
     )
     context.samples = _bound(program, options.calibration)
-    context.inputs += _trials(program, context.samples[:CALIBRATION_SETS], thin)
+    trials = _trials(program, context.samples[:CALIBRATION_SETS], thin)
+    context.inputs += trials
+    if trials:
+        context.quantized.shown = range(len(context.inputs) - len(trials), len(context.inputs))
     context.report, context.progress = report, options.progress
     report.notes += context.skipped
     optimized = run_passes(program, passes, context)
     options.progress("verify the whole")
     report.verified = certify(program, optimized, context, name="whole program") and captured
+    timed = context.stopwatch is not None and thin is None
+    quantized = context.quantized.summary(program, optimized, report.missed, timed=timed)
+    report.quantization = quantized
     report.graph_before, report.graph_after = node_views(program), node_views(optimized)
     report.seconds["optimize"] = time.perf_counter() - start
     return optimized, report

@@ -21,7 +21,7 @@ from graphopt.errors import IllegalRewriteError
 from graphopt.program import Program, operator_name, val
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Refusal
-from graphopt.rewrite.rule import Candidate, Missed, Rule
+from graphopt.rewrite.rule import Candidate, Missed, Numeric, Rule
 from graphopt.rewrite.stride import restride
 from graphopt.rewrite.subgraph import Subgraph, extract
 from graphopt.source import source_line
@@ -39,6 +39,7 @@ class Rewrite:
         key: rule name and root names; the same in every copy of the program.
         before, after: the two subgraphs over the same boundary, for verification and timing.
         remark: what the rule says it gained.
+        weights: of a lossy rule, names of the weights that it takes (bound as ``"weight"``).
     """
 
     rule: Rule
@@ -49,6 +50,7 @@ class Rewrite:
     added: tuple[str, ...]
     source: str | None
     remark: str = ""
+    weights: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Log:
             (source_line(node) if node else None) or (source_line(match.root) if match else None),
             refusal.option,
             stage,
+            weights=_weights(rule, match),
         )
         self.missed.setdefault(place, found)
 
@@ -177,7 +180,7 @@ def _cycle(match: Match, order: Mapping[fx.Node, int]) -> Refusal | None:
 
 def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | None:
     build = Builder(program, match.root, rule.name, folds=rule.folds)
-    remark = rule.remark(match)
+    remark, weights = rule.remark(match), _weights(rule, match)
     before = extract(program, list(match.roots), set(match.nodes))
     try:
         made = rule.rewrite(match, build)
@@ -203,9 +206,17 @@ def _apply(program: Program, rule: Rule, match: Match, log: Log) -> Refusal | No
             tuple(n.name for n in build.new_nodes),
             source_line(match.root),
             remark,
+            weights,
         )
     )
     return None
+
+
+def _weights(rule: Rule, match: Match | None) -> tuple[str, ...]:
+    bound = match.get("weight") if match is not None and rule.numeric is Numeric.LOSSY else None
+    if match is None or not isinstance(bound, fx.Node) or match.program.target_of(bound) is None:
+        return ()
+    return tuple(match.program.weight_names(bound))
 
 
 def _erase_dead(match: Match, order: Mapping[fx.Node, int]) -> None:

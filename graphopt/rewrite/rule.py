@@ -159,3 +159,4 @@ class Missed:
     option: str | None = None
     stage: str = "check"
     extra: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from graphopt.program import Program, is_random, val
 from graphopt.rewrite.driver import Log, Rewrite
 from graphopt.rewrite.rule import Numeric, Rule
 from graphopt.rewrite.subgraph import DROPOUT_P, Subgraph, float64_by_default
+from graphopt.verify.fidelity import Energy, energy
 from graphopt.verify.filtered import full_piece
 from graphopt.verify.inputs import is_empty
 from graphopt.verify.measure import Measure, compare, worst
@@ -35,7 +36,8 @@ SEED = 20240
 class Verdict:
     """What replaying showed for one rewrite: errors of outputs and of gradients, and its speed.
 
-    ``pace`` holds the times of the original and the new piece, where they were measured.
+    ``pace`` holds the times of the original and the new piece, where they were measured;
+    ``energies`` of a lossy rewrite are those of its floating outputs.
     """
 
     rewrite: Rewrite
@@ -44,6 +46,7 @@ class Verdict:
     runs: int = 0
     pace: Pace | None = None
     notes: list[str] = field(default_factory=list)
+    energies: tuple[Energy, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -59,7 +62,13 @@ class Verdict:
             self.runs + other.runs,
             self.pace or other.pace,
             list(dict.fromkeys(self.notes + other.notes)),
+            self._joined(other),
         )
+
+    def _joined(self, other: Verdict) -> tuple[Energy, ...]:
+        if not self.energies or not other.energies:
+            return self.energies or other.energies
+        return tuple(a + b for a, b in zip(self.energies, other.energies, strict=True))
 
 
 class Replay(fx.Interpreter):
@@ -189,6 +198,9 @@ def judge(
             exact, _ = _evaluate(rewrite.before.wide, [_double(v) for v in before])
     rows = [compare(o, n, e, numeric, tolerance) for o, n, e in zip(old, new, exact, strict=True)]
     verdict = Verdict(rewrite, worst(rows), runs=1)
+    if numeric is Numeric.LOSSY and verdict.outputs.ok:
+        found = map(energy, new, exact)
+        verdict.energies = tuple(each for each in found if each is not None)
     if any(isinstance(o, Tensor) and o.is_floating_point() and bool(o.isnan().any()) for o in old):
         verdict.notes.append("the original gives NaN here: gradients are not compared")
     elif not is_empty(before):  # some kernels divide by the number of elements, and crash

@@ -69,6 +69,7 @@ def hold(
     tolerance: float = 0.0,
     *,
     lower: Lower | None = None,
+    seen: Callable[[Outcome, Outcome], None] | None = None,
 ) -> tuple[Measure, Measure | None]:
     """Measures of outputs and, where the model trains, of gradients.
 
@@ -78,12 +79,15 @@ def hold(
     Args:
         tolerance: for lossy programs, the largest relative RMS error.
         lower: makes the optimized graph executable, where the interpreter is not to run it.
+        seen: is shown what the optimized program gave, and the original in float64.
     """
     grad = not original.frozen
     old = run_program(original, inputs, wide=False, grad=grad)
     exact = run_program(original, inputs, wide=True, grad=grad)
     new = run_program(optimized, inputs, wide=False, grad=grad, lower=lower)
     found = compare_outcomes(old, new, exact, numeric, tolerance)
+    if seen is not None:
+        seen(new, exact)
     if numeric is Numeric.LOSSY or all(m is None or m.ok for m in found):
         return found
     rounded = rounded_runs(original, inputs)

@@ -13,7 +13,7 @@ from graphopt.passes.quantize import embedding, examples, remainder, sharing
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.plan import Plan, Settings, rounded
 from graphopt.passes.quantize.refusals import constant_refusal, numbers_refusal, readers
-from graphopt.program import Program, val
+from graphopt.program import Program
 from graphopt.rewrite import (
     Builder,
     Candidate,
@@ -121,14 +121,10 @@ class QuantizeLinear(Rule):
         return beside.add(made, given["input"], build)
 
     def remark(self, match: Match) -> str:
-        fake = val(match["weight"])
-        bits = self.settings.scheme.bits
-        told = f"`{match['weight'].name}` {tuple(fake.shape)} is stored in {bits} bits"
-        note = self._note(match.program.target_of(match["weight"]) or "")
-        return f"{told}; {note}" if note else told
+        """What a method came to, or where it gave way; the report's row of the weight shows it."""
+        return self._note(match.program.target_of(match["weight"]) or "")
 
     def _note(self, name: str) -> str:
-        """What a method came to, or where it gave way."""
         methods = self.settings.methods
         named = (*methods.calibrated, *methods.beside)
         if name in self.plan.weights or not named:

@@ -15,6 +15,7 @@ from graphopt.passes.quantize.linear import QuantizeLinear
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.plan import Plan, Settings
 from graphopt.passes.quantize.refusals import readers
+from graphopt.passes.quantize.sharing import EMBEDDINGS
 from graphopt.program import Program
 from graphopt.rewrite import Candidate, Example, Match, Refusal
 
@@ -43,7 +44,10 @@ class QuantizeEmbedding(QuantizeLinear):
         if match.root.target is not aten.embedding.default:
             reason = "sums up what it looks up: no operator does that with a quantized table"
             return Refusal(f"`{match.root.name}` {reason}", match.root)
-        return super().check(match)
+        if (found := super().check(match)) is not None or self.scope.embeddings:
+            return found
+        reason = f"`{match.root.name}` looks rows up: tables are quantized where that is asked for"
+        return Refusal(reason, match.root, f"QuantizeMatmul:{EMBEDDINGS}")
 
     def examples(self) -> Iterable[Example]:
         dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)

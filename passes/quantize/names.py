@@ -15,15 +15,8 @@ from graphopt.rewrite import Refusal
 
 
 def weight_names(program: Program, weight: fx.Node) -> list[str]:
-    """The names of the weights that a tensor is, or was computed from, in order.
-
-    Tied weights have several, and so have projections that were merged. Vectors that were folded
-    into a weight, such as the scale of a norm, lend it no name.
-    """
-    own = program.target_of(weight)
-    sources = program.sources(weight)
-    named = [name for name, shape in sources.items() if len(shape) > 1 or name == own]
-    return named or [own or weight.name]
+    """See `Program.weight_names`."""
+    return program.weight_names(weight)
 
 
 def paths(names: Iterable[str]) -> Iterator[str]:

@@ -32,8 +32,7 @@ class QuantizeWeights(Stage):
     plan: Plan = field(default_factory=Plan)
 
     def rules(self) -> Sequence[Rule]:
-        kinds = [QuantizeLinear, QuantizeExperts, QuantizeConvolution]
-        kinds += [QuantizeEmbedding] if self.scope.embeddings else []
+        kinds = (QuantizeLinear, QuantizeExperts, QuantizeConvolution, QuantizeEmbedding)
         return [kind(self.settings, self.plan, self.scope) for kind in kinds]
 
     def calibrated(

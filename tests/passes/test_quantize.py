@@ -83,7 +83,8 @@ def test_certificates_say_what_is_lost() -> None:
     found = [a.certificate for a in fast.report.applied if a.rule == "QuantizeLinear"]
     assert all(c.numeric == "lossy" and 0 < c.error < c.bound for c in found)
     assert all(0 < c.error < c.bound < 0.2 for c in fast.report.whole[1:])
-    assert any("is stored in 8 bits" in note for note in fast.report.notes)
+    assert [layer.bits for layer in fast.report.quantization.layers] == [8, 8]
+    assert not any("stored" in note for note in fast.report.notes)
 
 
 def test_a_product_with_too_large_an_error_keeps_its_weight() -> None:

@@ -85,9 +85,10 @@ def test_it_comes_nearer_and_says_what_it_costs(wanted: dict[str, Any], base: st
     fast = quantized(**{**options, **wanted, "method": f"{base}+{wanted['method']}"})
     assert fast.report.verified
     assert error(fast) < 0.99 * error(plain)
-    told = [n for n in fast.report.notes if "is stored in 3 bits; beside it" in n]
-    assert len(told) == 2
-    beside = sum(int(n.split(" bytes")[0].rsplit(" ", 1)[1]) for n in told)
+    layers = fast.report.quantization.layers
+    assert [layer.bits for layer in layers] == [3, 3]
+    assert all(f"{layer.bytes_beside} bytes" in layer.note for layer in layers)
+    beside = sum(layer.bytes_beside for layer in layers)
     assert state_bytes(fast.program) == state_bytes(plain.program) + beside
 
 
