@@ -22,17 +22,20 @@ from graphopt.report.groups import (
 )
 from graphopt.report.markup import Markup, join, prose, script_data, tag
 from graphopt.report.model import Report
+from graphopt.report.quantized_page import quantized_page
 from graphopt.report.serial import plain
 from graphopt.report.tables import (
     Column,
     applied_table,
     badge,
+    card,
     certificates_table,
     change,
     meter,
     missed_table,
     option_text,
     passes_table,
+    percent,
     source_text,
     table,
 )
@@ -62,6 +65,7 @@ def render_html(report: Report) -> str:
     Every name is escaped; the page's policy lets no script run but its own, and loads nothing.
     """
     script = "\n".join(map(_file, SCRIPTS))
+    quantized = quantized_page(report)
     return Template(_file("page.html")).substitute(
         policy=_policy(script),
         title=join(f"{report.model}: graphopt report"),
@@ -74,6 +78,8 @@ def render_html(report: Report) -> str:
         applied=_or(report.applied, applied_table(report), "Nothing was rewritten."),
         missed=_or(report.missed, missed_table(report), "No candidate was left alone."),
         certificates=_certificates(report),
+        quantized_link=_quantized_link(quantized),
+        quantized=tag("section", quantized, id="quantization", data_tab=True) if quantized else "",
         details=_details(report),
         data=script_data("graph-data", graph_data(report)),
         script=script,
@@ -99,6 +105,10 @@ def _policy(script: str) -> str:
     )
 
 
+def _quantized_link(quantized: Markup) -> Markup:
+    return tag("a", "Quantization", href="#quantization") if quantized else Markup()
+
+
 def _verdict(report: Report) -> Markup:
     state = "good" if report.verified else "bad" if report.whole else "open"
     return tag("span", verdict_text(report), class_=f"verdict {state}")
@@ -122,34 +132,17 @@ def _overview(report: Report) -> Markup:
 
 
 def _cards(found: Totals) -> Iterator[Markup]:
-    yield _card("kept", str(found.kept), f"of {found.matched} matched", "good")
-    yield _card("slower here", str(found.slower), "correct, but not kept", "warn")
-    yield _card("rolled back", str(found.rolled_back), "did not verify", "bad")
-    yield _card("refused", str(found.missed), "each with its reason")
+    yield card("kept", str(found.kept), f"of {found.matched} matched", "good")
+    yield card("slower here", str(found.slower), "correct, but not kept", "warn")
+    yield card("rolled back", str(found.rolled_back), "did not verify", "bad")
+    yield card("refused", str(found.missed), "each with its reason")
     if found.nodes:
-        yield _card("nodes", change(*map(str, found.nodes)), f"{_percent(*found.nodes)}, {_NODES}")
+        yield card("nodes", change(*map(str, found.nodes)), f"{percent(*found.nodes)}, {_NODES}")
     if found.bytes and any(found.bytes):
         size = change(*map(bytes_text, found.bytes))
-        yield _card("parameters and buffers", size, _percent(*found.bytes))
+        yield card("parameters and buffers", size, percent(*found.bytes))
     if found.seconds:
-        yield _card("took", seconds_text(found.seconds), "verification included")
-
-
-def _card(name: str, value: str, remark: str, state: str = "") -> Markup:
-    state = "" if value == "0" else state
-    return tag(
-        "div",
-        tag("span", name, class_="name"),
-        tag("strong", value),
-        tag("span", remark, class_="remark"),
-        class_=f"card {state}",
-    )
-
-
-def _percent(before: int, after: int) -> str:
-    if before == after:
-        return "unchanged"
-    return f"{(after - before) / before:+.1%}" if before else ""
+        yield card("took", seconds_text(found.seconds), "verification included")
 
 
 def _rules_table(report: Report) -> Markup:

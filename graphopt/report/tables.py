@@ -136,6 +136,25 @@ def change(before: str, after: str) -> str:
     return after if before == after else f"{before} → {after}"
 
 
+def percent(before: float, after: float) -> str:
+    """By how much a figure fell or rose."""
+    if before == after:
+        return "unchanged"
+    return f"{(after - before) / before:+.1%}" if before else ""
+
+
+def card(name: str, value: str, remark: str, state: str = "") -> Markup:
+    """One figure of a summary; ``state`` colours it unless it is 0."""
+    state = "" if value == "0" else state
+    return tag(
+        "div",
+        tag("span", name, class_="name"),
+        tag("strong", value),
+        tag("span", remark, class_="remark"),
+        class_=f"card {state}",
+    )
+
+
 def passes_table(report: Report) -> Markup:
     columns: list[Column[PassSummary]] = [
         Column("pass", lambda p: join(tag("b", p.name), " ", _options(p))),
