@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from graphopt.errors import GraphoptError
 from graphopt.report.groups import MissedReason, missed_reasons
 from graphopt.report.model import Applied, MissedRewrite, NodeView, Report
+from graphopt.report.quantized_summary import layer_text, quantized_lines
 from graphopt.report.text import certificate_text, counted, printable, speedup_text
 
 _OPENINGS = {
@@ -32,7 +33,7 @@ def explain_lines(report: Report, node: str | None = None) -> list[str]:
     if node is not None:
         lines = _about(report, node)
     else:
-        lines = [*report.notes, *_by_source(report.missed)]
+        lines = [*report.notes, *quantized_lines(report), *_by_source(report.missed)]
         if not report.missed:
             lines.append(_ALL if report.applied else _NOTHING)
     return [printable(line) for line in lines]
@@ -75,6 +76,9 @@ def _about(report: Report, asked: str) -> list[str]:
     missed = [m for m in report.missed if m.node in names or _is_line(m.source, asked)]
     applied = [a for a in report.applied if names & {*a.removed, *a.added}]
     lines = [_rewritten(a, names) for a in applied]
+    found = report.quantization
+    layers = found.layers if found is not None else ()
+    lines += [layer_text(row) for row in layers if row.node in names or asked in row.names]
     lines += _by_source(missed)
     return lines or [
         f"No rule found a candidate at {asked}: nothing there looks like what the passes rewrite."
@@ -98,7 +102,11 @@ def _nodes_named(report: Report, asked: str) -> set[str]:
 
 def _answers(view: NodeView, asked: str) -> bool:
     inside = view.module == asked or view.module.startswith(f"{asked}.")
-    return asked == view.name or (bool(asked) and inside) or _is_line(view.source, asked)
+    return (
+        asked in (view.name, view.target)
+        or (bool(asked) and inside)
+        or _is_line(view.source, asked)
+    )
 
 
 def _is_line(source: str | None, asked: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.report.quantized import OutputFidelity, Quantization, QuantizedLayer
@@ -49,7 +49,7 @@ def names_text(names: Sequence[str]) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+    return "\N{MULTIPLICATION SIGN}".join(map(str, shape)) or "one number"
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,3 @@ def output_text(output: OutputFidelity) -> str:
 
 def measured_on(found: Quantization) -> str:
     return "calibration inputs" if found.inputs == "calibration" else "the captured inputs"
-
-
-def notes_of(found: Quantization) -> Iterator[tuple[str, str]]:
-    """Names of layers, and what there is to say of them."""
-    return ((names_text(layer.names), layer.note) for layer in found.layers if layer.note)

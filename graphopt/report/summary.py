@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from graphopt.report.explain import missed_lines
 from graphopt.report.groups import applied_rules, missed_reasons, totals
 from graphopt.report.model import PassSummary, Report
+from graphopt.report.quantized_summary import (
+    FORMATS,
+    LAYERS,
+    format_rows,
+    layer_rows,
+    quantized_lines,
+)
 from graphopt.report.text import (
     bytes_text,
     certificate_text,
@@ -39,12 +46,18 @@ def sections(report: Report, *, verbose: bool = False) -> list[Section]:
         _header(report),
         _passes(report),
         _applied(report),
+        _quantized(report),
         _missed(report),
         _whole(report),
         Section("Notes", lines=tuple(report.notes)),
     ]
     if verbose:
-        found += [_every_rewrite(report), _every_miss(report), _environment(report)]
+        found += [
+            _every_weight(report),
+            _every_rewrite(report),
+            _every_miss(report),
+            _environment(report),
+        ]
     return [s for s in found if s.rows or s.lines]
 
 
@@ -100,6 +113,15 @@ def _applied(report: Report) -> Section:
     )
     columns = ("rule", "pass", "count", "nodes", "speedup", "class", "worst certificate")
     return Section("Applied", columns, rows)
+
+
+def _quantized(report: Report) -> Section:
+    lines = tuple(quantized_lines(report))
+    return Section("Quantization", FORMATS, format_rows(report), lines)
+
+
+def _every_weight(report: Report) -> Section:
+    return Section("Every quantized weight", LAYERS, layer_rows(report))
 
 
 def _missed(report: Report) -> Section:

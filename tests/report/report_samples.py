@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from graphopt.report import (
     Applied,
     Certificate,
+    FloatWeight,
     MissedRewrite,
     NodeView,
+    OutputFidelity,
     PassSummary,
+    Quantization,
+    QuantizedLayer,
     Report,
+    Trade,
 )
 
 SOURCE = "/home/user/project/model.py"
@@ -100,8 +105,53 @@ def small_report() -> Report:
         environment={"torch": "2.13.0", "device": "cpu"},
         seconds={"capture": 1.5, "optimize": 3.25},
         recipe=[{"pass": "Norms", "chunk": 4}],
+        trades=[Trade(400, 0.5), Trade(800, 0.02, 0.9, chosen=True), Trade(900, 0.03, 0.8)],
+        quantization=quantization(),
         graph_before=before,
         graph_after=after,
+    )
+
+
+def layer(name: str = "encoder.layer.0.up.weight", **changes: object) -> QuantizedLayer:
+    values: dict[str, object] = {
+        "names": (name,),
+        "node": "scaled",
+        "operators": ("linear",),
+        "shape": (64, 32),
+        "dtype": "int",
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": False,
+        "activations": "none",
+        "bytes_before": 8192,
+        "bytes_after": 1280,
+        "error": 0.1,
+        "sqnr": 20.0,
+        "cosine": 0.995,
+        "source": f"{SOURCE}:12",
+    }
+    return QuantizedLayer(**(values | changes))
+
+
+def quantization() -> Quantization:
+    down = {"bits": 8, "group_size": None, "symmetric": True, "activations": "dynamic"}
+    return Quantization(
+        layers=(
+            layer(note="`up` saw no calibration rows"),
+            layer("encoder.layer.1.down.weight", **down, seconds_before=0.002, seconds_after=0.001),
+        ),
+        floats=(
+            FloatWeight(("table",), (100, 32), "float32", 12800, "the model writes `table`", "x=1"),
+        ),
+        outputs=(
+            OutputFidelity("logits", (2, 10), 0.05, 26.0206, 0.9988, 0.0125),
+            OutputFidelity("state", (2, 32), 0.0, None, 1.0),
+        ),
+        inputs="calibration",
+        bytes_before=30000,
+        bytes_after=16000,
+        seconds_before=0.04,
+        seconds_after=0.02,
     )
 
 

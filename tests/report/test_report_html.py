@@ -137,7 +137,9 @@ def test_names_are_shown_as_they_are(hostile: Page) -> None:
 
 
 def test_the_title_is_escaped(hostile: Page) -> None:
-    assert [name for name, _ in hostile.elements].count("title") == 1
+    """One of the page, and one of each picture and of each of its marks."""
+    titles = [name for name, _ in hostile.elements].count("title")
+    assert titles == [name for name, _ in page(small_report()).elements].count("title")
 
 
 def test_data_cannot_close_its_block(hostile: Page) -> None:
