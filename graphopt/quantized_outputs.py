@@ -96,7 +96,7 @@ def _paths(spec: pytree.TreeSpec, path: str) -> Iterator[str]:
         yield path
         return
     children = spec.children()
-    names = getattr(spec.type, "_fields", spec.context)
+    names = getattr(spec.context, "_fields", spec.context)
     named = isinstance(names, list | tuple) and len(names) == len(children)
     for place, child in enumerate(children):
         own = str(names[place]) if named else ""

@@ -115,7 +115,7 @@ def small_report() -> Report:
 def layer(name: str = "encoder.layer.0.up.weight", **changes: object) -> QuantizedLayer:
     values: dict[str, object] = {
         "names": (name,),
-        "node": "scaled",
+        "node": "quantized_up",
         "operators": ("linear",),
         "shape": (64, 32),
         "dtype": "int",
