@@ -108,3 +108,8 @@ class Quantization:
     bytes_after: int = 0
     seconds_before: float | None = None
     seconds_after: float | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What methods came to, or where they gave way, layer by layer."""
+        return [layer.note for layer in self.layers if layer.note]

@@ -149,7 +149,7 @@ def test_an_expert_that_saw_nothing_is_rounded_and_says_so() -> None:
         passes=["Canonicalize", QuantizeMatmul(bits=4, activations=None, method="gptq")],
         measure=False,
     )
-    told = [note for note in fast.report.notes if "saw no calibration rows" in note]
+    told = [note for note in fast.report.quantization.notes if "saw no calibration rows" in note]
     assert len(told) == 1
     assert "experts.1.weight" in told[0]
 

@@ -103,7 +103,7 @@ def test_blocks_come_nearer(options: dict[str, Any]) -> None:
         found[method] = error(fast, stack())
     assert found["rtn+learned"] < 0.85 * found["rtn"], found
     assert found["learned"] < 0.99 * found["gptq"], found
-    told = [n for n in fast.report.notes if "before it was learned" in n]
+    told = [n for n in fast.report.quantization.notes if "before it was learned" in n]
     assert len(told) == 6
 
 
@@ -173,7 +173,7 @@ def test_half_precision_and_samples_of_different_lengths() -> None:
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     options: dict[str, Any] = {"bits": 3, "group_size": 16, "dynamic_shapes": dynamic}
     fast = compiled(model, data, method="rtn+learned", steps=20, **options)
-    assert sum("before it was learned" in n for n in fast.report.notes) == 6
+    assert sum("before it was learned" in n for n in fast.report.quantization.notes) == 6
     assert fast(data[1]).dtype == torch.bfloat16
     plain = compiled(model, data, method="rtn", **options)
     with torch.no_grad():

@@ -101,7 +101,7 @@ def test_a_tied_head_is_calibrated_by_gptq_on_what_it_is_given() -> None:
         measure=False,
     )
     assert [len(a.removed) for a in fast.report.applied].count(2) == 1 and not kept(fast)
-    assert not any("rounded" in note for note in fast.report.notes)
+    assert not any("rounded" in note for note in fast.report.quantization.notes)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_methods_see_products_as_the_layers_they_are() -> None:
         measure=False,
     )
     assert counts(fast)["QuantizeLinear"] == 3
-    assert not any("rounded" in note for note in fast.report.notes)
+    assert not any("rounded" in note for note in fast.report.quantization.notes)
 
 
 class Mixed(nn.Module):

@@ -204,12 +204,14 @@ def test_super_weights_are_kept_by_themselves(kind: str) -> None:
     options: dict[str, Any] = {"calibration": batches(), "group_size": None}
     plain = quantized(spiking, **options)
     fast = quantized(spiking, method="outliers", outliers=0, outlier_kind=kind, **options)
-    assert any("super weights among them: 1" in note for note in fast.report.notes)
+    assert any("super weights among them: 1" in note for note in fast.report.quantization.notes)
     assert [n for n in fast.program.state if n.endswith("_values")] == [
         f"down.weight_{kind}_values"
     ]
     assert error(fast, spiking) < 0.5 * error(plain, spiking)
-    assert not any("beside" in n for n in quantized(method="outliers", outliers=0).report.notes)
+    assert not any(
+        "beside" in n for n in quantized(method="outliers", outliers=0).report.quantization.notes
+    )
 
 
 class Tied(nn.Module):
@@ -229,9 +231,9 @@ def test_a_tied_head_has_codes_alone() -> None:
     fast = quantized(
         Tied().eval(), (index,), head=True, embeddings=True, calibration=[index], **COLUMNS
     )
-    told = [n for n in fast.report.notes if "looked up too: nothing stands beside it" in n]
-    assert len(told) == 1
-    assert "words" in told[0] or "300" in told[0]
+    rows = fast.report.quantization.layers
+    told = [row for row in rows if "looked up too: nothing stands beside it" in row.note]
+    assert [row.shape[0] for row in told] == [300]
     assert [n for n in fast.program.state if "columns_values" in n] == [
         "inner.weight_columns_values"
     ]
@@ -241,7 +243,7 @@ def test_a_tied_head_has_codes_alone() -> None:
 def test_what_would_not_be_smaller_is_codes_alone() -> None:
     low = model(torch.bfloat16)
     plain, fast = quantized(low), quantized(low, method="lowrank", rank=1000)
-    assert sum("codes only" in n for n in fast.report.notes) == 2
+    assert sum("codes only" in n for n in fast.report.quantization.notes) == 2
     assert state_bytes(fast.program) == state_bytes(plain.program)
 
 
@@ -249,7 +251,9 @@ def test_layers_of_many_matrices_say_that_nothing_is_beside_them() -> None:
     convolution = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()).eval()
     options: dict[str, Any] = {"bits": 8, "group_size": None}
     fast = quantized(convolution, (torch.randn(1, 8, 9, 9),), **options, **COLUMNS)
-    assert any("outliers calibrates layers of one matrix" in n for n in fast.report.notes)
+    assert any(
+        "outliers calibrates layers of one matrix" in n for n in fast.report.quantization.notes
+    )
 
 
 def test_checkpoint_formats_have_no_place_for_it(tmp_path: Path) -> None:
