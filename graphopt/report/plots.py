@@ -9,7 +9,7 @@ from graphopt.report.markup import Markup, tag
 from graphopt.report.scales import Axis
 
 HEIGHT = 280
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 62, 22, 12, 46
 COLOURS = 6
 
 _SHAPES = (
@@ -98,9 +98,9 @@ def rectangle(x: float, y: float, width: float, height: float, kind: str) -> Mar
     return tag("rect", class_=kind, x=number(x), y=number(y), **size)
 
 
-def marker(x: float, y: float, colour: int, kind: str = "") -> Markup:
+def marker(x: float, y: float, colour: int, kind: str = "", *, small: bool = False) -> Markup:
     shape = _SHAPES[colour % COLOURS]
-    place = f"translate({number(x)} {number(y)})"
+    place = f"translate({number(x)} {number(y)})" + (" scale(0.6)" if small else "")
     return tag("path", d=shape, transform=place, class_=f"s{colour % COLOURS} {kind}".strip())
 
 

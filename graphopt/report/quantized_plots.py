@@ -26,8 +26,11 @@ from graphopt.report.scales import Axis, linear, round_step, sizes
 from graphopt.report.text import bytes_text
 
 MOST_LABELS = 24
-BAR = 0.76
-"""Of what each layer has of the width."""
+BAR, NARROW = 0.76, 4.0
+"""Of what each layer has of the width; below so many pixels of it there are no gaps."""
+
+MANY = 200
+"""Layers from which on marks are small, and blocks are not shaded."""
 
 _BLOCK = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
@@ -101,6 +104,8 @@ def _block(layer: QuantizedLayer) -> str:
 
 def _bands(frame: Frame, layers: Sequence[QuantizedLayer]) -> Markup:
     """Every other block is shaded."""
+    if len(layers) > MANY:
+        return Markup()
     runs = [run for run in _blocks(layers) if run[0]]
     shown = (
         rectangle(left, frame.down(1), right - left, frame.down(0) - frame.down(1), "band")
@@ -122,20 +127,21 @@ def _column(frame: Frame, place: int) -> Markup:
 
 def _mark(frame: Frame, place: int, layer: QuantizedLayer, names: Sequence[str]) -> Markup:
     """Exact ones are hollow, at the top; those without a signal hollow, at the bottom."""
-    colour = names.index(format_text(layer))
+    colour, small = names.index(format_text(layer)), frame.x.high > MANY
     x = _across(frame, place + 0.5)
     if layer.sqnr is None:
-        return marker(x, frame.down(0.0 if layer.error else 1.0), colour, "hollow")
-    return marker(x, frame.down(frame.y.at(layer.sqnr)), colour)
+        return marker(x, frame.down(0.0 if layer.error else 1.0), colour, "hollow", small=small)
+    return marker(x, frame.down(frame.y.at(layer.sqnr)), colour, small=small)
 
 
 def _bars(frame: Frame, place: int, layer: QuantizedLayer) -> Iterator[Markup]:
-    wide = BAR * (_across(frame, 1) - _across(frame, 0))
+    slot = _across(frame, 1) - _across(frame, 0)
     middle, low = _across(frame, place + 0.5), frame.down(0)
-    widest = min(wide, 40.0)
+    widest = slot if slot < NARROW else min(BAR * slot, 40.0)
+    inner = widest if slot < NARROW else 0.6 * widest
     for size, width, kind in (
         (layer.bytes_before, widest, "before"),
-        (layer.bytes_after, widest * 0.6, "after"),
+        (layer.bytes_after, inner, "after"),
     ):
         top = frame.down(frame.y.at(size))
         yield rectangle(middle - width / 2, top, width, low - top, kind)
