@@ -90,7 +90,8 @@ def _energy(value: Tensor, exact: Tensor) -> Energy:
         value, exact = value[finite], exact[finite]
     off = value - exact
     pairs = ((exact, exact), (off, off), (value, value), (value, exact))
-    return Energy(*(float(torch.dot(a, b)) for a, b in pairs), exact.numel())
+    signal, noise, power, product = (float(torch.dot(a, b)) for a, b in pairs)
+    return Energy(signal, noise, power, product, exact.numel())
 
 
 def divergence(value: Tensor, reference: Tensor) -> Divergence:
