@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor, fx
 
-from graphopt.program import Program, operator_name
+from graphopt.program import InputKind, Program, operator_name
 from graphopt.report.model import MissedRewrite
 from graphopt.report.quantized import FloatWeight, QuantizedLayer
 from graphopt.rewrite import arguments
@@ -101,20 +101,27 @@ def in_order(layers: Iterable[QuantizedLayer], program: Program) -> tuple[Quanti
 
 
 def float_weights(
-    program: Program, missed: Sequence[MissedRewrite], held: Collection[str]
+    original: Program, program: Program, missed: Sequence[MissedRewrite], held: Collection[str]
 ) -> Iterator[FloatWeight]:
     """Weights of two axes or more that stayed in floats, and why.
+
+    Those are parameters of the original, or made of them, and what a rule refused as a weight; not
+    tables such as masks and positions.
 
     Args:
         held: names of placeholders that quantized weights are stored as.
     """
     codes = {*held, *stored_by(_calls(program.graph))}
     why = {name: row for row in reversed(missed) for name in row.weights}
+    entries = original.inputs.values()
+    own = {e.target for e in entries if e.kind is InputKind.PARAMETER} | why.keys()
     seen: set[int] = set()
     for node, target in program.state_nodes().items():
         tensor = program.state[target]
         known = node.name in codes or id(tensor) in seen
         if known or tensor.dim() < 2 or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if own.isdisjoint(program.weight_names(node)):
             continue
         seen.add(id(tensor))
         yield _float_weight(program, node, tensor, why)

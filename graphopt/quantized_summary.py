@@ -57,7 +57,7 @@ class Gathered:
         pace = _pace(original, optimized) if timed and self.layers else None
         return Quantization(
             layers=in_order(self.layers, optimized),
-            floats=tuple(float_weights(optimized, missed, self.held)),
+            floats=tuple(float_weights(original, optimized, missed, self.held)),
             outputs=self.outputs,
             inputs="captured" if self.shown == range(1) else "calibration",
             bytes_before=state_bytes(original),

@@ -249,13 +249,16 @@ def test_what_was_taken_back_says_why() -> None:
 
 
 def test_a_weight_that_no_rule_looks_at() -> None:
+    """A buffer is a weight only where a rule takes it for one."""
+
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear, self.table = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(4, WIDTH))
+            self.register_buffer("mask", torch.rand(4, WIDTH))
 
         def forward(self, x: Tensor) -> Tensor:
-            return (self.linear(x) * self.table).sin()
+            return (self.linear(x) * self.table + self.mask).sin()
 
     torch.manual_seed(0)
     fast = quantized(Scaled().eval(), torch.randn(4, WIDTH), activations=None)

@@ -38,13 +38,11 @@ def quantized_lines(report: Report) -> list[str]:
 
 
 def _figures(found: Quantization) -> Iterator[str]:
-    left = sum(weight.bytes for weight in found.floats)
+    left, size = len(found.floats), sum(weight.bytes for weight in found.floats)
+    floats = f"{left} left in floats ({bytes_text(size)})" if left else "none left in floats"
     stored = counted(len(found.layers), "weight")
-    size = " -> ".join(map(bytes_text, (found.bytes_before, found.bytes_after)))
-    yield (
-        f"{stored} in few bits, {len(found.floats)} left in floats ({bytes_text(left)}); "
-        f"the model {size}"
-    )
+    whole = " -> ".join(map(bytes_text, (found.bytes_before, found.bytes_after)))
+    yield f"{stored} in few bits, {floats}; the model {whole}"
     lowest = worst(found.layers)
     if lowest is not None:
         sqnr = sqnr_text(lowest.sqnr, lowest.error)
