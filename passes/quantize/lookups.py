@@ -50,6 +50,8 @@ class QuantizeEmbedding(QuantizeLinear):
         return Refusal(reason, match.root, f"QuantizeMatmul:{EMBEDDINGS}")
 
     def examples(self) -> Iterable[Example]:
+        if not self.scope.embeddings:
+            return
         dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
         yield _case("plain", lambda m, i: m.words(i).sin())
         yield _case("returned", lambda m, i: m.words(i))
@@ -67,6 +69,8 @@ class QuantizeEmbedding(QuantizeLinear):
         yield _case("written", lambda m, i: m.words(i).mul_(2.0))
 
     def near_misses(self) -> Iterable[Example]:
+        if not self.scope.embeddings:
+            yield _case("not asked for", lambda m, i: m.words(i), reason="that is asked for")
         held = "held twice"
         yield _case("summed", lambda m, i: m.words(i) + m.words.weight.sum(), reason=held)
         yield _case("in bags", _bags, reason="sums up what it looks up")
