@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -129,7 +131,8 @@ def optimize_program(
     Raises:
         VerificationError: the whole does not verify; nothing is emitted.
     """
-    optimized, report = rewrite_program(program, options, eager)
+    judge = None if original is None else _Judge.of(options, original, program)
+    optimized, report = rewrite_program(program, options, eager, judge)
     if not report.verified:
         raise VerificationError(
             f"the optimized {program.name} does not verify: {_worst(report.whole)}",
@@ -145,21 +148,60 @@ def optimize_program(
         from graphopt.emit.onednn import to_onednn
 
         to_onednn(module, options)
-    _hold_quality(module, original, options)
+    if judge is not None:
+        options.progress("quality")
+        judge.hold(module)
     return module
 
 
-def _hold_quality(module: OptimizedModule, original: nn.Module | None, options: Options) -> None:
-    if options.quality is None or original is None:
-        return
-    options.progress("quality")
-    before, after = (_score(options.quality, m) for m in (original, module))
-    module.report.notes.append(f"quality {before:.6g} before, {after:.6g} after")
-    if before - after > options.budget:
-        raise VerificationError(
-            f"quality fell from {before:.6g} to {after:.6g}; the budget allows {options.budget:g}",
-            fix="raise `budget`, or choose passes that lose less",
-        )
+class _Judge:
+    """The user's measure: of the original, which is measured once, of programs and of the result.
+
+    Args:
+        program: as captured from the original.
+    """
+
+    def __init__(
+        self,
+        quality: Callable[[nn.Module], float],
+        budget: float,
+        original: nn.Module,
+        program: Program,
+    ) -> None:
+        self.quality, self.budget = quality, budget
+        self.original, self.program = original, program
+
+    @classmethod
+    def of(cls, options: Options, original: nn.Module, program: Program) -> _Judge | None:
+        if options.quality is None:
+            return None
+        return cls(options.quality, options.budget, original, program)
+
+    @cached_property
+    def before(self) -> float:
+        return _score(self.quality, self.original)
+
+    def least(self) -> float:
+        return self.before - self.budget
+
+    def __call__(self, program: Program) -> float:
+        report = Report(program.name)
+        return _score(self.quality, OptimizedModule(program, report, self.program))
+
+    def hold(self, module: OptimizedModule) -> None:
+        """Whether the result is within the budget; its report says what was measured.
+
+        Raises:
+            VerificationError: it is not.
+        """
+        before, after, report = self.before, _score(self.quality, module), module.report
+        report.notes.append(f"quality {before:.6g} before, {after:.6g} after")
+        report.trades = [replace(t, quality=after) if t.chosen else t for t in report.trades]
+        if before - after > self.budget:
+            raise VerificationError(
+                f"quality fell from {before:.6g} to {after:.6g}; the budget allows {self.budget:g}",
+                fix="raise `budget`, or choose passes that lose less",
+            )
 
 
 def _score(quality: Callable[[nn.Module], float], module: nn.Module) -> float:

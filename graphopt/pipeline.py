@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from graphopt.errors import IllegalRewriteError, VerificationError
 from graphopt.program import Program
 from graphopt.quantized_outputs import Outputs
 from graphopt.quantized_summary import Gathered, state_bytes
-from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report
+from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report, Trade
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
@@ -33,6 +33,16 @@ ROUNDS = 8
 Progress = Callable[[str], None]
 
 
+class Judge(Protocol):
+    """The user's measure."""
+
+    def least(self) -> float:
+        """What it may fall to."""
+        ...
+
+    def __call__(self, program: Program) -> float: ...
+
+
 @dataclass
 class Context:
     """What every pass of one run shares.
@@ -45,6 +55,7 @@ class Context:
         skipped: in words, inputs that the model itself refuses.
         samples: sets of flat user inputs to calibrate on.
         quantized: what is known of weights in few bits.
+        judge: measures programs, for passes that choose among their options.
         thin: what stands in for the program in verification, where the program is too large.
     """
 
@@ -59,6 +70,7 @@ class Context:
     samples: Sequence[Sequence[Any]] = ()
     thin: Thin | None = None
     quantized: Gathered = field(default_factory=Gathered)
+    judge: Judge | None = None
 
     @classmethod
     def of(cls, program: Program, thin: Thin | None = None, **options: Any) -> Context:
@@ -82,12 +94,96 @@ class _Outcome:
 
 def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Program:
     """Apply the passes in order; fills ``context.report``; returns a new program."""
-    for step in passes:
-        for stage in step.stages():
-            context.progress(stage.name)
-            learned = stage.calibrated(program, context.samples, context.progress)
-            program = run_pass(program, learned, context)
+    for index, step in enumerate(passes):
+        program = _run_step(program, step, passes[index + 1 :], context, index)
     return program
+
+
+def _run_step(
+    program: Program, step: Pass, later: Sequence[Pass], context: Context, index: int
+) -> Program:
+    if not step.searches:
+        return run_stages(program, step, context)
+    trials = PassTrials(program, later, context)
+    found = step.settled(trials)
+    context.report.trades += trials.trades
+    if index < len(context.report.recipe):
+        context.report.recipe[index] = {found.step.name: found.step.options()}
+    if isinstance(found.attempt, Tried):
+        return found.attempt.adopted(context)
+    return run_stages(program, found.step, context)
+
+
+def run_stages(program: Program, step: Pass, context: Context) -> Program:
+    """Apply one pass, stage by stage."""
+    for stage in step.stages():
+        context.progress(stage.name)
+        learned = stage.calibrated(program, context.samples, context.progress)
+        program = run_pass(program, learned, context)
+    return program
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A pass on a program, with what the report would say of it; see `rewrite.passes.Attempt`."""
+
+    program: Program
+    context: Context
+    quality: float | None
+
+    @property
+    def bytes(self) -> int:
+        return state_bytes(self.program)
+
+    def adopted(self, context: Context) -> Program:
+        """The program, as if the pass had run with this context."""
+        mine, made = context.report, self.context.report
+        mine.applied += made.applied
+        mine.missed += made.missed
+        mine.passes += made.passes
+        mine.notes += made.notes
+        context.thin = self.context.thin
+        return self.program
+
+
+class PassTrials:
+    """Tries passes on a program, one instead of the other; see `rewrite.passes.Trials`."""
+
+    def __init__(self, program: Program, later: Sequence[Pass], context: Context) -> None:
+        self.program, self.samples = program, context.samples
+        self.trades: list[Trade] = []
+        self._later = [step for step in later if not step.searches]
+        self._context = context
+
+    @property
+    def least(self) -> float | None:
+        judge = self._context.judge
+        return None if judge is None else judge.least()
+
+    def progress(self, text: str, /) -> None:
+        self._context.progress(text)
+
+    def attempt(self, step: Pass, *, judged: bool = False) -> Tried:
+        context = _apart(self._context)
+        program = run_stages(self.program, step, context)
+        judge = self._context.judge if judged else None
+        if judge is None:
+            return Tried(program, context, None)
+        ended, after = program, _apart(context)
+        for other in self._later:
+            ended = run_stages(ended, other, after)
+        self.progress("quality")
+        return Tried(program, context, judge(ended))
+
+    def record(self, size: int, loss: float, quality: float | None, *, chosen: bool) -> None:
+        self.trades.append(Trade(size, loss, quality, chosen))
+
+
+def _apart(context: Context) -> Context:
+    """The same, with a report and a thin copy of its own."""
+    thin = context.thin
+    alone = None if thin is None else replace(thin, apart=set(thin.apart))
+    return replace(context, report=Report(context.report.model), thin=alone)
 
 
 def run_pass(program: Program, step: Pass, context: Context) -> Program:

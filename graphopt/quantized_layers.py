@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor, fx
 
-from graphopt.program import InputKind, Program, operator_name
+from graphopt.program import Program, operator_name
 from graphopt.report.model import MissedRewrite
 from graphopt.report.quantized import FloatWeight, QuantizedLayer
 from graphopt.rewrite import arguments
 from graphopt.rewrite.driver import Rewrite
 from graphopt.rewrite.subgraph import Subgraph
+from graphopt.signature import InputKind
 from graphopt.verify.fidelity import Energy
 from graphopt.verify.replay import Verdict
 

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphopt.program import OutputKind, Program, val
+from graphopt.program import Program, val
 from graphopt.report.quantized import OutputFidelity
+from graphopt.signature import OutputKind
 from graphopt.verify.fidelity import Divergence, Energy, divergence, energy
 from graphopt.verify.whole import Outcome
 

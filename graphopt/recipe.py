@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.errors import CaptureError, GraphoptError, RecipeError
-from graphopt.pipeline import Context, certify, run_passes
+from graphopt.pipeline import Context, Judge, certify, run_passes
 from graphopt.presets import Recipe, resolve, to_recipe
 from graphopt.program import Program, val
 from graphopt.report.model import Certificate, Report
@@ -84,9 +84,17 @@ class Options:
 
 
 def rewrite_program(
-    program: Program, options: Options, eager: list[Any] | None = None
+    program: Program,
+    options: Options,
+    eager: list[Any] | None = None,
+    judge: Judge | None = None,
 ) -> tuple[Program, Report]:
-    """Run the recipe; returns the rewritten program and the filled report."""
+    """Run the recipe; returns the rewritten program and the filled report.
+
+    Args:
+        eager: flat outputs of the original module on the captured inputs.
+        judge: measures programs by ``options.quality``, for passes that search by it.
+    """
     _check_layouts(program)
     passes = resolve(options.passes)
     report = _new_report(program, passes)
@@ -103,7 +111,7 @@ def rewrite_program(
     context.inputs += trials
     if trials:
         context.quantized.shown = range(len(context.inputs) - len(trials), len(context.inputs))
-    context.report, context.progress = report, options.progress
+    context.report, context.progress, context.judge = report, options.progress, judge
     report.notes += context.skipped
     optimized = run_passes(program, passes, context)
     options.progress("verify the whole")

@@ -247,7 +247,7 @@ def _metadata(module: OptimizedModule) -> str:
         {"rule": c.rule, "version": c.version, "error": c.error, "inputs": c.inputs_hash}
         for c in report.certificates
     ]
-    return json.dumps({"recipe": report.recipe, "certificates": certificates}, sort_keys=True)
+    return json.dumps({"recipe": report.recipe, "certificates": certificates})
 
 
 def _save(model: Any, path: Path, program: Program) -> None:

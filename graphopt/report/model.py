@@ -99,6 +99,23 @@ class PassSummary:
 
 
 @dataclass(frozen=True)
+class Trade:
+    """A set of formats that a search for bits looked at: what it takes, and what it costs.
+
+    Attributes:
+        bytes: of the whole model's stored tensors.
+        loss: estimated, in the units of the search's sensitivities.
+        quality: measured by the user's callable; None where it was not asked.
+        chosen: whether the model was made with it.
+    """
+
+    bytes: int
+    loss: float
+    quality: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class NodeView:
     """One node of a graph as the HTML report shows it.
 
@@ -121,23 +138,6 @@ class NodeView:
     rewritten_by: tuple[str, ...] = ()
     literals: str = ""
     target: str | None = None
-
-
-@dataclass(frozen=True)
-class Trade:
-    """A set of formats that a search for bits looked at: what it takes, and what it costs.
-
-    Attributes:
-        bytes: of the whole model's stored tensors.
-        loss: estimated, in the units of the search's sensitivities.
-        quality: measured by the user's callable; None where it was not asked.
-        chosen: whether the model was made with it.
-    """
-
-    bytes: int
-    loss: float
-    quality: float | None = None
-    chosen: bool = False
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Report:
 
         It holds what `to_dict` gives.
         """
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         return text if path is None else _written(path, text)
 
     @overload

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from torch import fx
@@ -40,6 +40,59 @@ class Cut:
 
 Axis = tuple[Cut, ...]
 """One axis of one large value, or of several that are computed on together."""
+
+
+class Attempt(Protocol):
+    """A program with a pass tried on it.
+
+    Attributes:
+        program: with the pass, as far as it verified.
+        bytes: of all it stores.
+        quality: by the user's measure, with the passes behind this one; ``None`` where there is
+            none, or it was not asked.
+    """
+
+    @property
+    def program(self) -> Program: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def quality(self) -> float | None: ...
+
+
+class Trials(Protocol):
+    """What a pass may ask for that chooses among its own options.
+
+    Attributes:
+        program: as the pass finds it.
+        samples: calibration inputs, flat.
+    """
+
+    program: Program
+    samples: Sequence[Sequence[Any]]
+
+    @property
+    def least(self) -> float | None:
+        """The quality that the user asks for; ``None`` where there is no measure of it."""
+        ...
+
+    def progress(self, text: str, /) -> None: ...
+
+    def attempt(self, step: Pass, *, judged: bool = False) -> Attempt:
+        """Run a pass of which nothing is left to be chosen."""
+        ...
+
+    def record(self, size: int, loss: float, quality: float | None, *, chosen: bool) -> None:
+        """Something that was looked at, for the report."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a pass chose: itself with nothing left to choose, and the attempt that it made so."""
+
+    step: Pass
+    attempt: Attempt | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +130,18 @@ class Pass:
         Asked for before its rules are applied to that program.
         """
         return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether options are left to be chosen on a program: see `settled`."""
+        return False
+
+    def settled(self, _trials: Trials) -> Settled:
+        """The same pass with all options chosen, as a recipe would repeat it.
+
+        Asked for where the pass `searches`, before anything else of it.
+        """
+        return Settled(self)
 
     def at_any_size(self) -> Pass:
         """The same pass without limits below which it leaves values alone: for fewer rows."""
@@ -141,10 +206,13 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None, where: str = 
 
 
 def parse_pass(text: str) -> Pass:
-    """``NAME`` or ``NAME:key=value,key=value``; values are YAML scalars, or lists ``[a,b]``."""
+    """``NAME`` or ``NAME:key=value,key=value``; values are YAML on one line.
+
+    Lists are ``[a,b]`` and mappings ``{a: 1, b: {c: 2}}``; commas in brackets or quotes are theirs.
+    """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in filter(None, _BETWEEN.split(rest)):
+    for item in filter(None, _items(rest)):
         key, equals, value = item.partition("=")
         if not equals:
             raise RecipeError(f"expected key=value, found {item!r}", where=text)
@@ -156,8 +224,20 @@ def parse_pass(text: str) -> Pass:
     return make_pass(name.strip(), options, where=text)
 
 
-_BETWEEN = re.compile(r",(?![^\[]*\])")
-"""A comma that is not inside of brackets."""
+_PIECE = re.compile(r"""'[^']*'|"[^"]*"|.""", re.DOTALL)
+"""A quoted text, or a character."""
+
+
+def _items(text: str) -> list[str]:
+    """What stands between commas that are in no brackets and in no quotes."""
+    items, depth = [""], 0
+    for piece in _PIECE.findall(text):
+        depth += (piece in ("[", "{")) - (piece in ("]", "}"))
+        if piece == "," and depth <= 0:
+            items.append("")
+        else:
+            items[-1] += piece
+    return items
 
 
 def _scalar(value: str, where: str) -> Any:

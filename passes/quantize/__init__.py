@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside
+from graphopt.passes.quantize.budget import check_budget
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
+from graphopt.passes.quantize.layers import Kind, Layers, checked
 from graphopt.passes.quantize.methods import Methods, learning_refusal, methods
 from graphopt.passes.quantize.names import Scope, Skip
 from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.products import SpellProducts
 from graphopt.passes.quantize.rotation import rotating
+from graphopt.passes.quantize.search import Search
 from graphopt.passes.quantize.weights import QuantizeWeights
 from graphopt.program import Program
 from graphopt.rewrite import Pass, Rule
+from graphopt.rewrite.passes import Settled, Trials
 
 __all__ = ["QuantizeMatmul"]
 
@@ -30,7 +34,19 @@ class QuantizeMatmul(Pass):
     """Products with a weight of the model store it in few bits; lossy.
 
     Attributes:
-        bits: of a weight: 8, 6, 4, 3 or 2.
+        bits: of a weight: 8, 6, 4, 3 or 2. Of a sequence such as ``(2, 3, 4, 8)`` each weight gets
+            one, so that the model is as near as it can be within ``size`` or ``latency``; without
+            these, the smallest model is taken that `graphopt.compile` measures to stay within its
+            ``budget`` of ``quality``. That needs calibration inputs. The report's recipe has what
+            was chosen as ``layers``, and its trades what else there was.
+        size: of all tensors that the model stores: bytes, ``"85MB"`` or ``"40%"`` of what they
+            took before.
+        latency: milliseconds that all products of matrices with these weights take together on
+            the example inputs, as measured for each of them by itself.
+        sensitivity: how the loss by each weight is estimated: ``"output"`` by the error of products
+            on calibration inputs, where the gradient of the outputs says how much it counts;
+            ``"hessian"`` by the error of the weight and the mean of the Hessian's diagonal (Dong et
+            al. 2020, HAWQ-V2). See `sensitivity.choices`.
         activations: ``"dynamic"``: each row of activations becomes int8 as the model runs, and
             products are exact integers. ``None``: weights only; activations stay as they are.
         group_size: inputs that share a scale; default: all of an output channel.
@@ -64,6 +80,11 @@ class QuantizeMatmul(Pass):
         skip: weights to leave alone: patterns, as `fnmatch` reads them, of their names or of the
             modules that they lie in, such as ``"lm_head"`` or ``"model.layers.*.down_proj"``.
             Weights that were merged or folded are found by the names they had.
+        layers: formats of weights that differ from the rest: a mapping from patterns, which are
+            read as those of ``skip``, to fields of their own (``bits``, ``dtype``, ``group_size``,
+            ``symmetric``, ``activations``), or to ``None`` or ``"float"``, which leaves weights as
+            they are: ``{"model.layers.*.down_proj": {"bits": 8}, "lm_head": None}``. The first
+            pattern that matches decides. Weights that are one tensor have one format.
         tolerance: largest relative error of a product; weights with which it is larger are kept.
             Default: two and a half times that of random weights in this format.
 
@@ -71,7 +92,7 @@ class QuantizeMatmul(Pass):
         ValueError: the fields do not go together; the message says what does.
     """
 
-    bits: int = 8
+    bits: int | Sequence[int] = 8
     activations: Literal["dynamic"] | None = "dynamic"
     group_size: int | None = None
     symmetric: bool = True
@@ -84,11 +105,18 @@ class QuantizeMatmul(Pass):
     embeddings: bool = False
     head: bool = False
     skip: str | Sequence[str] = ()
+    layers: Mapping[str, Mapping[str, Any] | str | None] = field(default_factory=dict, hash=False)
     tolerance: float | None = None
+    size: int | str | None = None
+    latency: float | None = None
+    sensitivity: Literal["output", "hessian"] = "output"
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance is a positive number, not {self.tolerance!r}")
+        if isinstance(self.bits, Sequence):
+            object.__setattr__(self, "bits", tuple(self.bits))
+        check_budget(self)
         patterns = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"skip is a sequence of patterns of names, not {self.skip!r:.80}")
@@ -107,6 +135,9 @@ class QuantizeMatmul(Pass):
             raise ValueError("method hqq optimises zero points: give symmetric=False, dtype='int'")
 
         self._check_beside()
+        object.__setattr__(self, "layers", checked(self.layers))
+        for one in self.each:
+            one.formats.kinds  # noqa: B018 - whether fields of layers go together
 
     def _check_beside(self) -> None:
         """Options of methods that are not asked for are mistakes."""
@@ -125,8 +156,34 @@ class QuantizeMatmul(Pass):
         return methods(self.method)
 
     @property
+    def searches(self) -> bool:
+        return not isinstance(self.bits, int)
+
+    def settled(self, trials: Trials) -> Settled:
+        return Search(self, trials).run()
+
+    @property
+    def each(self) -> list[QuantizeMatmul]:
+        """The pass with each of its numbers of bits for all weights, from few to many."""
+        if isinstance(self.bits, int):
+            return [self]
+        rest = {"size": None, "latency": None, "sensitivity": "output"}
+        return [replace(self, bits=bits, **rest) for bits in sorted(self.bits)]  # type: ignore[arg-type]
+
+    @property
     def scheme(self) -> Scheme:
-        return Scheme(self.bits, self.dtype, self.group_size, self.symmetric)
+        bits = self.bits if isinstance(self.bits, int) else max(self.bits)
+        return Scheme(bits, self.dtype, self.group_size, self.symmetric)
+
+    @property
+    def formats(self) -> Layers:
+        """Which format each weight has."""
+        usual, alone = Kind(self.scheme, self.activations or "none"), self.each[-1]
+
+        def kind(fields: Mapping[str, Any]) -> Kind:
+            return replace(alone, layers={}, **fields).formats.usual
+
+        return Layers.of(usual, checked(self.layers), kind)
 
     @property
     def settings(self) -> Settings:
@@ -137,6 +194,7 @@ class QuantizeMatmul(Pass):
             beside=self._beside,
             steps=self.steps or Settings.steps,
             tolerance=self.tolerance,
+            layers=self.formats if self.layers else None,
         )
 
     @property
@@ -157,15 +215,16 @@ class QuantizeMatmul(Pass):
         """Nothing; but patterns that mean nothing in this model are an error."""
         if program.frozen:
             self.scope.skip.check(program)
+            self.formats.check(program)
 
     def stages(self) -> Sequence[Pass]:
-        scaling = self._methods.scaling
-        last = QuantizeWeights(self, self.settings, self.scope)
-        stages: list[Pass] = [SpellProducts(self, self.scheme, self.scope)]
+        scaling, settings = self._methods.scaling, self.settings
+        last = QuantizeWeights(self, settings, self.scope)
+        stages: list[Pass] = [SpellProducts(self, settings, self.scope)]
         if self._methods.rotates:
             stages += rotating(self, last.matches)
         if scaling is not None:
-            stages.append(ScaleBeforeQuantizing(self, self.scheme, scaling, last.matches))
+            stages.append(ScaleBeforeQuantizing(self, settings, scaling, last.matches))
         return (*stages, last)
 
     def rules(self) -> Sequence[Rule]:

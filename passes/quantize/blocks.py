@@ -97,7 +97,7 @@ class BlockCalibration(Calibration):
         """Codes first, then scales. Those of GPTQ are left as they are: moving many of them at once
         loses what it gained by choosing each for the others."""
         errors: list[Learned] = []
-        scales = can_learn(self.settings.scheme)
+        scales = all(can_learn(stored.scheme) for stored in current.values())
         if self.settings.methods.rounding != "gptq":
             learned = {w: self._rounding(w, stored) for w, stored in current.items()}
             errors.append(Reconstruction(forward, learned, targets, self.settings.steps).learn())
@@ -134,9 +134,11 @@ class BlockCalibration(Calibration):
             for row in zip(*(list(stream.given(n)) for n in each), strict=True)
         ]
         stands = {n: stream.stands[n] for n in segment.nodes if n in stream.stands}
-        if self.settings.activations != "none":
-            products = [n for n in segment.nodes if self.weight_of.get(n) in learned]
-            stands |= dict.fromkeys(products, partial(_product, self.settings.scheme.dtype))
+        for node in segment.nodes:
+            if self.weight_of.get(node) in learned:
+                settings = self.at(self.weight_of[node])
+                if settings.activations != "none":
+                    stands[node] = partial(_product, settings.scheme.dtype)
 
         def run(index: int, weights: Mapping[fx.Node, Tensor]) -> list[Any]:
             return segment.run({**shared, **given[index], **weights}, stands)

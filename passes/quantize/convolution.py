@@ -43,7 +43,7 @@ class QuantizeConvolution(QuantizeLinear):
         super().__init__(settings, plan, scope)
         self.profit = Profit.ALWAYS if settings.activations == "none" else Profit.MEASURED
 
-    def find(self, program: Program) -> Iterator[Candidate]:
+    def candidates(self, program: Program) -> Iterator[Candidate]:
         groups: dict[fx.Node, list[fx.Node]] = {}
         for target in _CONVOLUTIONS:
             for weight, found in readers(program, target).items():
@@ -59,6 +59,9 @@ class QuantizeConvolution(QuantizeLinear):
             return Refusal("a transposed convolution has no quantized form", match.root)
         weight = match["weight"]
         return numbers_refusal(_rows(match.program.tensor(weight)), self.settings.scheme, weight)
+
+    def matrices(self, match: Match) -> list[Tensor]:
+        return [_rows(match.program.tensor(match["weight"]))]
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]

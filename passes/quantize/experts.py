@@ -28,7 +28,7 @@ class QuantizeExperts(QuantizeLinear):
     with a constant ``(E, N, K)``. Each output channel of each expert has scales of its own.
     """
 
-    def find(self, program: Program) -> Iterator[Candidate]:
+    def candidates(self, program: Program) -> Iterator[Candidate]:
         if not program.frozen:
             return
         for weight, sides in products(program).by_weight.items():
@@ -50,6 +50,8 @@ class QuantizeExperts(QuantizeLinear):
         if weight.op != "placeholder":
             reason = f"`{weight.name}` computes the weights from constants, and was not folded"
             return Refusal(reason, weight)
+        if (found := self.settings.refusal(match.program, weight)) is not None:
+            return found
         if (found := sharing.out_of_scope(match, self.scope)) is not None:
             return found
         read = [_matrices(match, node) for node in match.nodes]
@@ -63,6 +65,11 @@ class QuantizeExperts(QuantizeLinear):
         flat = (m.reshape(-1, m.shape[-1]) for m in distinct.values())
         refusals = (numbers_refusal(m, self.settings.scheme, weight) for m in flat)
         return next(filter(None, refusals), None)
+
+    def matrices(self, match: Match) -> list[Tensor]:
+        read = (_matrices(match, node) for node in match.nodes)
+        distinct = {place(m): m for m in read if isinstance(m, Tensor)}
+        return [m.reshape(-1, m.shape[-1]) for m in distinct.values()]
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight, made = match["weight"], {}

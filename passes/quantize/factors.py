@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor, fx
 from graphopt.analysis.channels import NONE, Channels
 from graphopt.calibration import Statistics
 from graphopt.kernels.quantized.rounding import quantize
-from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.passes.quantize.observed import Observed, require_samples
-from graphopt.passes.quantize.plan import products_of
+from graphopt.passes.quantize.plan import Settings, products_of
 from graphopt.passes.quantize.scaling import ScaleChannels, key_of, match_of, refusal
 from graphopt.passes.quantize.stage import Stage
 from graphopt.program import Program
@@ -40,7 +38,7 @@ class ScaleBeforeQuantizing(Stage):
         factors: by the names of what they divide; stopped: products that no factors reach.
     """
 
-    scheme: Scheme
+    settings: Settings
     method: str
     quantized: Callable[[Program], Sequence[Match]]
     factors: Mapping[str, Tensor | None] = field(default_factory=dict)
@@ -79,11 +77,13 @@ class ScaleBeforeQuantizing(Stage):
         """Factors ``(C,)``, float32; ``None`` where they would not help."""
         channels: Channels = match["channels"]
         pairs = zip(match.roots, observed.of(match.roots), strict=True)
-        products = [_Product(match.program, node, channels, seen) for node, seen in pairs]
+        products = [
+            _Product(match.program, node, channels, seen, self.settings) for node, seen in pairs
+        ]
         products = [p for p in products if p.statistics.rows]
         if not products:
             return None
-        make = _smooth if self.method == "smoothquant" else partial(_aware, self.scheme)
+        make = _smooth if self.method == "smoothquant" else _aware
         factors = make(products, channels.free)
         low = any(p.weight.dtype != torch.float32 for p in products)
         return torch.exp2(factors.log2().round()) if low else factors
@@ -93,8 +93,14 @@ class _Product:
     """A product that reads channels: its weight, the channel of each input, what inputs are."""
 
     def __init__(
-        self, program: Program, node: fx.Node, channels: Channels, statistics: Statistics
+        self,
+        program: Program,
+        node: fx.Node,
+        channels: Channels,
+        statistics: Statistics,
+        settings: Settings,
     ) -> None:
+        self.scheme = settings.at(program, arguments(node)["weight"]).scheme
         self.weight = program.state[program.target_of(arguments(node)["weight"]) or ""].detach()
         self.labels, self.statistics = channels.readers[node], statistics
         self.count = len(channels.free)
@@ -110,23 +116,23 @@ class _Product:
         return made.scatter_reduce(0, self.labels[mine], values[mine], how, include_self=False)
 
 
-def _aware(scheme: Scheme, products: Sequence[_Product], free: Tensor) -> Tensor:
+def _aware(products: Sequence[_Product], free: Tensor) -> Tensor:
     size = torch.stack(
         [p.by_channel(p.statistics.magnitude / p.statistics.rows, "mean") for p in products]
     ).amax(0)
     best, least = torch.ones_like(size), torch.inf
     for power in POWERS:
         factors = _even(size.clamp(min=1e-4 * float(size.mean()) + 1e-12).pow(power), free)
-        lost = sum(_lost(p, scheme, p.of_inputs(factors)) for p in products)
+        lost = sum(_lost(p, p.of_inputs(factors)) for p in products)
         if lost < least:
             best, least = factors, lost
     return best
 
 
-def _lost(product: _Product, scheme: Scheme, factors: Tensor) -> float:
+def _lost(product: _Product, factors: Tensor) -> float:
     """The squared error of the products when the scaled weight is rounded."""
     scaled = product.weight.to(torch.float32) * factors
-    off = (quantize(scaled, scheme).dequantize() - scaled) / factors
+    off = (quantize(scaled, product.scheme).dequantize() - scaled) / factors
     return float((off @ product.statistics.moment).mul_(off).sum())
 
 

@@ -58,6 +58,7 @@ class QuantizeLinear(Rule):
 
     def __init__(self, settings: Settings, plan: Plan, scope: Scope = USUAL) -> None:
         self.settings, self.plan, self.scope = settings, plan, scope
+        self.kind = settings.kind
         scheme, activations = settings.scheme, settings.activations
         loss = SPARE * ROUNDING * 2 ** (8 - scheme.bits)
         if scheme.dtype != "int" and scheme.bits == 8:
@@ -69,6 +70,15 @@ class QuantizeLinear(Rule):
         return (Canonicalize(),)
 
     def find(self, program: Program) -> Iterator[Candidate]:
+        """Candidates whose weights have the format of this rule."""
+        layers = self.settings.layers
+        for candidate in self.candidates(program):
+            match = candidate.match
+            if not layers or not match or layers.kind(program, match["weight"]) == self.kind:
+                yield candidate
+
+    def candidates(self, program: Program) -> Iterator[Candidate]:
+        """Products with weights, in any format."""
         looked_up = readers(program, aten.embedding.default) if self.scope.embeddings else {}
         for weight, products in readers(program, aten.linear.default).items():
             nodes = (*products, *looked_up.get(weight, ()))
@@ -83,7 +93,12 @@ class QuantizeLinear(Rule):
     def _weight_refusal(self, match: Match) -> Refusal | None:
         """Why the weight stays as it is, whatever its numbers are."""
         constant = constant_refusal(match.program, match["weight"])
-        return constant or sharing.refusal(match, self.scope)
+        unformatted = self.settings.refusal(match.program, match["weight"])
+        return constant or unformatted or sharing.refusal(match, self.scope)
+
+    def matrices(self, match: Match) -> list[Tensor]:
+        """What is stored of a weight that passes `check`: matrices ``(N, K)``."""
+        return [match.program.tensor(match["weight"])]
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]

@@ -31,8 +31,9 @@ class QuantizeEmbedding(QuantizeLinear):
 
     def __init__(self, settings: Settings, plan: Plan, scope: Scope = USUAL) -> None:
         super().__init__(replace(settings, activations="none"), plan, scope)
+        self.kind = settings.kind
 
-    def find(self, program: Program) -> Iterator[Candidate]:
+    def candidates(self, program: Program) -> Iterator[Candidate]:
         shared = readers(program, aten.linear.default)
         for weight, nodes in readers(program, aten.embedding.default).items():
             if weight not in shared:

@@ -38,14 +38,7 @@ class Skip:
         Raises:
             RecipeError: one matches no name; the nearest are told.
         """
-        known = list(dict.fromkeys(paths(program.state)))
-        for pattern in self.patterns:
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise RecipeError(
-                    f"skip: no weight or module of {program.name} is called {pattern!r}",
-                    where="QuantizeMatmul:skip",
-                    fix=_nearest(pattern, known),
-                )
+        check_patterns("skip", self.patterns, program)
 
     def refusal(self, program: Program, weight: fx.Node) -> Refusal | None:
         """Why a weight is left alone, if it is."""
@@ -60,6 +53,22 @@ class Skip:
                     reason = f"`{name}` is skipped by {pattern!r}{along}"
                     return Refusal(reason, weight, "QuantizeMatmul:skip")
         return None
+
+
+def check_patterns(option: str, patterns: Iterable[str], program: Program) -> None:
+    """Whether each pattern of an option matches a name of a model.
+
+    Raises:
+        RecipeError: one does not; the nearest names are told.
+    """
+    known = dict.fromkeys(paths(program.state))
+    for pattern in patterns:
+        if pattern not in known and not any(fnmatchcase(name, pattern) for name in known):
+            raise RecipeError(
+                f"{option}: no weight or module of {program.name} is called {pattern!r}",
+                where=f"QuantizeMatmul:{option}",
+                fix=_nearest(pattern, list(known)),
+            )
 
 
 @dataclass(frozen=True)

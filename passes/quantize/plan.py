@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,11 @@ from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside, Seen, Split, split
 from graphopt.kernels.quantized.weight import QuantizedWeight
 from graphopt.passes.quantize import remainder
+from graphopt.passes.quantize.layers import Kind, Layers
 from graphopt.passes.quantize.methods import Methods
 from graphopt.passes.quantize.observed import Observed
 from graphopt.program import Program, val
-from graphopt.rewrite import Match
+from graphopt.rewrite import Match, Refusal
 
 Progress = Callable[[str], None]
 
@@ -76,7 +77,8 @@ def calibrate(
 @dataclass(frozen=True)
 class Settings:
     """Scheme of the weights, how they get there, whether activations are quantized too, what stands
-    beside codes, the error that is allowed, and the steps in which blocks learn."""
+    beside codes, the error that is allowed, the steps in which blocks learn, and weights whose
+    format differs."""
 
     scheme: Scheme
     methods: Methods
@@ -84,6 +86,27 @@ class Settings:
     beside: Beside = field(default_factory=Beside)
     tolerance: float | None = None
     steps: int = 100
+    layers: Layers | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.scheme, self.activations)
+
+    def of(self, kind: Kind) -> Settings:
+        """The same for weights of another format."""
+        return replace(self, scheme=kind.scheme, activations=kind.activations)
+
+    def each(self) -> list[Settings]:
+        """For each format that there is."""
+        return [self.of(k) for k in self.layers.kinds] if self.layers else [self]
+
+    def at(self, program: Program, weight: fx.Node) -> Settings:
+        """For one weight."""
+        return self.of(self.layers.kind(program, weight)) if self.layers else self
+
+    def refusal(self, program: Program, weight: fx.Node) -> Refusal | None:
+        """Why a weight has no format, if it has none."""
+        return self.layers.refusal(program, weight) if self.layers else None
 
 
 def made(
@@ -167,12 +190,16 @@ class Calibration:
         """Later products see a weight quantized."""
         self.made[self.program.target_of(weight) or weight.name] = found
         products = [n for n, w in self.weight_of.items() if w is weight]
-        stream = self.observed.stream
-        if self.settings.activations == "none":
+        stream, activations = self.observed.stream, self.at(weight).activations
+        if activations == "none":
             stream.weight(weight, found.dense().to(val(weight).dtype))
             return
         for product in products:
-            stream.replace(product, partial(_product, found, self.settings.activations))
+            stream.replace(product, partial(_product, found, activations))
+
+    def at(self, weight: fx.Node) -> Settings:
+        """For one weight."""
+        return self.settings.at(self.program, weight)
 
     def _seen(self, products: Sequence[fx.Node]) -> Seen | None:
         found = self.observed.of(products)
@@ -184,7 +211,7 @@ class Calibration:
     def _make(self, weight: fx.Node, seen: Seen | None) -> Split:
         name = self.program.target_of(weight) or weight.name
         looked_up = weight in self.looked_up
-        found, note = made(self.program.state[name], self.settings, seen, looked_up=looked_up)
+        found, note = made(self.program.state[name], self.at(weight), seen, looked_up=looked_up)
         if seen is None and not self.blind:
             none = f"`{name}` saw no calibration rows: it is rounded to nearest"
             note = f"{none}; {note}" if note else none

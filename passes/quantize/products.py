@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.quantize import product_examples, sharing
 from graphopt.passes.quantize.arrange import (
@@ -19,6 +18,7 @@ from graphopt.passes.quantize.arrange import (
 )
 from graphopt.passes.quantize.forms import Form, form_of, held, is_batched, products
 from graphopt.passes.quantize.names import USUAL, Scope
+from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.refusals import numbers_refusal
 from graphopt.passes.quantize.stage import Stage
 from graphopt.passes.quantize.views import place
@@ -49,8 +49,8 @@ class SpellProduct(Rule):
     apart = True
     benefit = 2
 
-    def __init__(self, scheme: Scheme, scope: Scope = USUAL) -> None:
-        self.scheme, self.scope = scheme, scope
+    def __init__(self, settings: Settings, scope: Scope = USUAL) -> None:
+        self.settings, self.scope = settings, scope
 
     def prepare(self) -> Iterable[Pass]:
         return (Canonicalize(),)
@@ -69,14 +69,17 @@ class SpellProduct(Rule):
     def check(self, match: Match) -> Refusal | None:
         if "reason" in match:
             return Refusal(match["reason"], match.root)
-        return sharing.out_of_scope(match, self.scope) or self._form_refusal(match)
+        unformatted = self.settings.refusal(match.program, match["weight"])
+        refusal = unformatted or sharing.out_of_scope(match, self.scope)
+        return refusal or self._form_refusal(match)
 
     def _form_refusal(self, match: Match) -> Refusal | None:
+        scheme = self.settings.at(match.program, match["weight"]).scheme
         forms = [form_of(match.program, n, side) for n, side in match["sides"].items()]
         for form in forms:
             if isinstance(form, Refusal):
                 return form
-            if (found := numbers_refusal(form.numbers, self.scheme, match["weight"])) is not None:
+            if (found := numbers_refusal(form.numbers, scheme, match["weight"])) is not None:
                 return found
         distinct = {place(f.matrix): f.matrix for f in forms if isinstance(f, Form)}
         if held(match, distinct) <= val(match["weight"]).numel():
@@ -120,8 +123,8 @@ class SpellProduct(Rule):
 class SpellProducts(Stage):
     """The first stage of QuantizeMatmul: products that will be quantized, as ``linear``."""
 
-    scheme: Scheme
+    settings: Settings
     scope: Scope = USUAL
 
     def rules(self) -> Sequence[Rule]:
-        return (SpellProduct(self.scheme, self.scope),)
+        return (SpellProduct(self.settings, self.scope),)

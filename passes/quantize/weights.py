@@ -16,7 +16,7 @@ from graphopt.passes.quantize.observed import require_samples
 from graphopt.passes.quantize.plan import Plan, Settings, calibrate
 from graphopt.passes.quantize.stage import Stage
 from graphopt.program import Program
-from graphopt.rewrite import Match, Pass, Rule
+from graphopt.rewrite import Match, Pass
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class QuantizeWeights(Stage):
     scope: Scope = USUAL
     plan: Plan = field(default_factory=Plan)
 
-    def rules(self) -> Sequence[Rule]:
+    def rules(self) -> Sequence[QuantizeLinear]:
         kinds = (QuantizeLinear, QuantizeExperts, QuantizeConvolution, QuantizeEmbedding)
-        return [kind(self.settings, self.plan, self.scope) for kind in kinds]
+        formats = self.settings.each()
+        return [kind(each, self.plan, self.scope) for kind in kinds for each in formats]
 
     def calibrated(
         self,
@@ -55,7 +56,10 @@ class QuantizeWeights(Stage):
         return replace(self, plan=calibrate(program, matches, samples, self.settings, progress))
 
     def matches(self, program: Program) -> list[Match]:
-        """What the rule will rewrite."""
-        rule = QuantizeLinear(self.settings, self.plan, self.scope)
-        found = (candidate.match for candidate in rule.find(program))
-        return [m for m in found if m is not None and rule.check(m) is None]
+        """Products of matrices that will be rewritten."""
+        return [m for rule, m in self.targets(program) if type(rule) is QuantizeLinear]
+
+    def targets(self, program: Program) -> list[tuple[QuantizeLinear, Match]]:
+        """All that will be rewritten, and by which rule."""
+        found = ((rule, c.match) for rule in self.rules() for c in rule.find(program))
+        return [(rule, m) for rule, m in found if m is not None and rule.check(m) is None]
