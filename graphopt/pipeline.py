@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
 from graphopt.verify.filtered import full_program
-from graphopt.verify.replay import Replay, Verdict
+from graphopt.verify.replay import Replay, Verdict, excuse_cancelled
 from graphopt.verify.thin import Thin, transferred
 from graphopt.verify.timing import Stopwatch, pays
 from graphopt.verify.trials import hold, trial_inputs
@@ -237,17 +238,19 @@ def _given_up(rules: Sequence[Rule], error: IllegalRewriteError) -> Log:
 
 def _verify(program: Program, log: Log, context: Context) -> dict[Key, Verdict]:
     """Verdicts on every set of inputs; timing on the captured sizes only."""
-    found: dict[Key, Verdict] = {}
+    found: dict[Key, list[Verdict]] = {}
     if not log.rewrites:
-        return found
+        return {}
     for index, inputs in enumerate(context.inputs):
         stopwatch = context.stopwatch if index == 0 else None
         for verdict in Replay(program, log, stopwatch).judge(inputs):
-            key = verdict.rewrite.key
+            found.setdefault(verdict.rewrite.key, []).append(verdict)
+    for verdicts in found.values():
+        excuse_cancelled(verdicts)
+        for index, verdict in enumerate(verdicts):
             if index not in context.quantized.shown:
                 verdict.energies = ()
-            found[key] = found[key].merge(verdict) if key in found else verdict
-    return found
+    return {key: functools.reduce(Verdict.merge, verdicts) for key, verdicts in found.items()}
 
 
 def _raise_first(bad: dict[Key, Verdict]) -> None:

@@ -43,6 +43,11 @@ class Energy:
         """Relative to the reference; the noise itself where that is all zeros."""
         return math.sqrt(self.noise / (self.signal or 1.0))
 
+    def beside(self, whole: Energy) -> float:
+        """The RMS error relative to the RMS of these values, or of the whole where it is larger."""
+        noise, own = (total / max(self.count, 1) for total in (self.noise, self.signal))
+        return math.sqrt(noise / (max(own, whole.signal / max(whole.count, 1)) or 1.0))
+
     @property
     def sqnr(self) -> float | None:
         """In dB; ``None`` without noise or without a signal."""

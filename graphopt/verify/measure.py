@@ -45,6 +45,7 @@ class Measure:
     note: str = ""
 
 
+ABOVE = "error above the bound"
 Errors = tuple[float, float, float]
 """Relative RMS error, relative largest error, and the crest factor of the reference."""
 
@@ -120,7 +121,7 @@ def _judge(
     bound = tolerance if numeric is Numeric.LOSSY else multiple * was[0] + floor
     peak = math.inf if numeric is Numeric.LOSSY else 2 * multiple * was[1] + 4 * floor * now[2]
     ok = now[0] <= bound and now[1] <= peak
-    return Measure(now[0], now[1], was[0], bound, ok, "" if ok else "error above the bound")
+    return Measure(now[0], now[1], was[0], bound, ok, "" if ok else ABOVE)
 
 
 def _larger(own: Errors, other: Errors) -> Errors:
