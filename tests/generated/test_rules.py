@@ -7,7 +7,6 @@ from generated.harness import Only, run_example
 
 from graphopt.rewrite import registered_passes
 
-
 ASKED_FOR = {"QuantizeMatmul": {"embeddings": True}}
 """Options without which a rule of the pass refuses everything, and says which would allow it."""
 
