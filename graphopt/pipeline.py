@@ -143,6 +143,7 @@ class Tried:
         mine.missed += made.missed
         mine.passes += made.passes
         mine.notes += made.notes
+        context.quantized.join(self.context.quantized)
         context.thin = self.context.thin
         return self.program
 
@@ -181,10 +182,11 @@ class PassTrials:
 
 
 def _apart(context: Context) -> Context:
-    """The same, with a report and a thin copy of its own."""
+    """The same, with a report, a thin copy and rows of quantized weights of its own."""
     thin = context.thin
     alone = None if thin is None else replace(thin, apart=set(thin.apart))
-    return replace(context, report=Report(context.report.model), thin=alone)
+    quantized = Gathered(context.quantized.shown)
+    return replace(context, report=Report(context.report.model), thin=alone, quantized=quantized)
 
 
 def run_pass(program: Program, step: Pass, context: Context) -> Program:

@@ -43,6 +43,11 @@ class Gathered:
             self.held |= new_state(rewrite)
         return layer is not None
 
+    def join(self, other: Gathered) -> None:
+        """Add the rows that another gathered."""
+        self.layers += other.layers
+        self.held |= other.held
+
     def summary(
         self,
         original: Program,

@@ -315,3 +315,19 @@ def test_searching_leaves_random_numbers_alone() -> None:
     torch.manual_seed(3)
     made(model, bits=BITS, size="40%")
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_the_report_has_each_weight_once_however_many_sets_were_tried() -> None:
+    reference, x = uneven(), batches(1, 5)[0]
+    wanted = reference(x).detach()
+
+    def quality(module: nn.Module) -> float:
+        with torch.no_grad():
+            return -float((module(x) - wanted).norm() / wanted.norm())
+
+    fast = made(bits=BITS, compiled={"quality": quality, "budget": 0.05})
+    assert sum(trade.quality is not None for trade in fast.report.trades) > 2
+    names = [layer.names for layer in fast.report.quantization.layers]
+    assert sorted(names) == [(f"branches.{i}.weight",) for i in range(len(SCALES))]
+    chosen = {layer.names[0].split(".")[1]: layer.bits for layer in fast.report.quantization.layers}
+    assert chosen == bits_of(fast)
