@@ -6,17 +6,18 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from graphopt.errors import IllegalRewriteError, VerificationError
 from graphopt.program import Program
 from graphopt.quantized_outputs import Outputs
 from graphopt.quantized_summary import Gathered, state_bytes
-from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report, Trade
+from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
+from graphopt.searching import PassTrials, Tried
 from graphopt.verify.filtered import full_program
 from graphopt.verify.replay import Replay, Verdict, excuse_cancelled
 from graphopt.verify.thin import Thin, transferred
@@ -105,7 +106,7 @@ def _run_step(
 ) -> Program:
     if not step.searches:
         return run_stages(program, step, context)
-    trials = PassTrials(program, later, context)
+    trials = PassTrials(program, later, context, run_stages)
     found = step.settled(trials)
     context.report.trades += trials.trades
     if index < len(context.report.recipe):
@@ -122,71 +123,6 @@ def run_stages(program: Program, step: Pass, context: Context) -> Program:
         learned = stage.calibrated(program, context.samples, context.progress)
         program = run_pass(program, learned, context)
     return program
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A pass on a program, with what the report would say of it; see `rewrite.passes.Attempt`."""
-
-    program: Program
-    context: Context
-    quality: float | None
-
-    @property
-    def bytes(self) -> int:
-        return state_bytes(self.program)
-
-    def adopted(self, context: Context) -> Program:
-        """The program, as if the pass had run with this context."""
-        mine, made = context.report, self.context.report
-        mine.applied += made.applied
-        mine.missed += made.missed
-        mine.passes += made.passes
-        mine.notes += made.notes
-        context.quantized.join(self.context.quantized)
-        context.thin = self.context.thin
-        return self.program
-
-
-class PassTrials:
-    """Tries passes on a program, one instead of the other; see `rewrite.passes.Trials`."""
-
-    def __init__(self, program: Program, later: Sequence[Pass], context: Context) -> None:
-        self.program, self.samples = program, context.samples
-        self.trades: list[Trade] = []
-        self._later = [step for step in later if not step.searches]
-        self._context = context
-
-    @property
-    def least(self) -> float | None:
-        judge = self._context.judge
-        return None if judge is None else judge.least()
-
-    def progress(self, text: str, /) -> None:
-        self._context.progress(text)
-
-    def attempt(self, step: Pass, *, judged: bool = False) -> Tried:
-        context = _apart(self._context)
-        program = run_stages(self.program, step, context)
-        judge = self._context.judge if judged else None
-        if judge is None:
-            return Tried(program, context, None)
-        ended, after = program, _apart(context)
-        for other in self._later:
-            ended = run_stages(ended, other, after)
-        self.progress("quality")
-        return Tried(program, context, judge(ended))
-
-    def record(self, size: int, loss: float, quality: float | None, *, chosen: bool) -> None:
-        self.trades.append(Trade(size, loss, quality, chosen))
-
-
-def _apart(context: Context) -> Context:
-    """The same, with a report, a thin copy and rows of quantized weights of its own."""
-    thin = context.thin
-    alone = None if thin is None else replace(thin, apart=set(thin.apart))
-    quantized = Gathered(context.quantized.shown)
-    return replace(context, report=Report(context.report.model), thin=alone, quantized=quantized)
 
 
 def run_pass(program: Program, step: Pass, context: Context) -> Program:

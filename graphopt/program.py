@@ -322,6 +322,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return twin
 
 
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of distinct tensors."""
+    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+
+
 def is_mutating(target: Any) -> bool:
     """Whether an operator writes one of its arguments."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor, fx
 
-from graphopt.program import Program, operator_name
+from graphopt.kernels.quantized.weight import OPERANDS
+from graphopt.program import Program, operator_name, tensor_bytes
 from graphopt.report.model import MissedRewrite
 from graphopt.report.quantized import FloatWeight, QuantizedLayer
 from graphopt.rewrite import arguments
@@ -17,8 +18,6 @@ from graphopt.verify.fidelity import Energy
 from graphopt.verify.replay import Verdict
 
 PREFIX = "quantized_"
-STORED = ("codes", "scales", "zeros", "tensor_scale")
-"""Arguments of the quantized operators that hold a weight."""
 
 
 def layer_of(rewrite: Rewrite, verdict: Verdict) -> QuantizedLayer | None:
@@ -42,9 +41,9 @@ def layer_of(rewrite: Rewrite, verdict: Verdict) -> QuantizedLayer | None:
         group_size=given["group_size"],
         symmetric=given["symmetric"],
         activations=_activations(calls),
-        bytes_before=_bytes(gone),
-        bytes_after=_bytes(made.values()),
-        bytes_beside=_bytes(t for n, t in made.items() if n not in codes),
+        bytes_before=tensor_bytes(gone),
+        bytes_after=tensor_bytes(made.values()),
+        bytes_beside=tensor_bytes(t for n, t in made.items() if n not in codes),
         error=worst.error if worst else None,
         sqnr=worst.sqnr if worst else None,
         cosine=worst.cosine if worst else None,
@@ -83,12 +82,8 @@ def new_state(rewrite: Rewrite) -> set[str]:
 
 def stored_by(calls: Iterable[fx.Node]) -> set[str]:
     """Names of the placeholders that hold the weights of quantized operators."""
-    given = (arguments(call).get(name) for call in calls for name in STORED)
+    given = (arguments(call).get(name) for call in calls for name in OPERANDS)
     return {str(node.target) for node in given if isinstance(node, fx.Node)}
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
 
 
 def _worst(energies: Sequence[Energy]) -> Energy | None:

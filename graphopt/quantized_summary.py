@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from graphopt.program import Program
+from graphopt.program import Program, tensor_bytes
 from graphopt.quantized_layers import float_weights, in_order, layer_of, new_state
 from graphopt.quantized_outputs import Outputs
 from graphopt.report.model import MissedRewrite
@@ -78,8 +78,7 @@ class Gathered:
 
 def state_bytes(program: Program) -> int:
     """Bytes of distinct tensors the program holds."""
-    distinct = {id(t): t for t in program.state.values()}
-    return sum(t.numel() * t.element_size() for t in distinct.values())
+    return tensor_bytes(program.state.values())
 
 
 def _pace(original: Program, optimized: Program) -> Pace:

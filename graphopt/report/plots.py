@@ -45,14 +45,14 @@ class Frame:
     def down(self, share: float) -> float:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    def draw(self, title: str, told: str, *marks: str, behind: str = "") -> Markup:
+    def draw(self, title: str, told: str, *marks: str, behind: Markup | None = None) -> Markup:
         """The picture; ``title`` and ``told`` describe it to those who do not see it."""
         ids = f"{self.name}-title", f"{self.name}-told"
         return tag(
             "svg",
             tag("title", title, id=ids[0]),
             tag("desc", told, id=ids[1]),
-            behind if isinstance(behind, Markup) else Markup(),
+            behind or Markup(),
             *self._rulers(),
             *marks,
             class_="plot",

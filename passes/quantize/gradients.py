@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from graphopt.analysis.flow import ancestors
 from graphopt.analysis.regions import FIXED
@@ -25,6 +24,7 @@ from graphopt.calibration import Segment
 from graphopt.calibration.segment import widened
 from graphopt.errors import GraphoptError
 from graphopt.program import Program, val
+from graphopt.quantized_outputs import output_names
 
 DRAWS = 16
 """Gradients that are taken at least, over all samples."""
@@ -148,11 +148,12 @@ Draw = Callable[[Sequence[Tensor]], tuple[Tensor, float]]
 
 def _outputs(program: Program) -> tuple[list[fx.Node], Draw]:
     """Logits, where the model names them so, and else all floats; and how a gradient is drawn."""
-    named = _tree(program)
-    logits = named.get("logits") if hasattr(named, "get") else None
-    if isinstance(logits, fx.Node) and _is_float(logits):
-        return [logits], _classes
-    floats = [n for n in program.user_outputs() if isinstance(n, fx.Node) and _is_float(n)]
+    named = zip(program.user_outputs(), output_names(program), strict=True)
+    shown = [(n, name) for n, name in named if isinstance(n, fx.Node) and _is_float(n)]
+    for node, name in shown:
+        if name == "logits":
+            return [node], _classes
+    floats = [node for node, _ in shown]
     if not floats:
         raise GraphoptError(
             f"{program.name} returns no floats: nothing says how sensitive its weights are",
@@ -160,13 +161,6 @@ def _outputs(program: Program) -> tuple[list[fx.Node], Draw]:
             fix="give bits= as one number, and layers= for those that differ",
         )
     return list(dict.fromkeys(floats)), _signs
-
-
-def _tree(program: Program) -> Any:
-    """What the model returns, with nodes in it."""
-    if program.call is None:
-        return None
-    return pytree.tree_unflatten(program.user_outputs(), program.call.out_spec)
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt.errors import RecipeError
 from graphopt.passes.quantize.allocation import Allocation, Choice, allocate, frontier
@@ -17,7 +17,7 @@ from graphopt.passes.quantize.layers import Fields
 from graphopt.passes.quantize.names import weight_names
 from graphopt.passes.quantize.sensitivity import Target, choices
 from graphopt.passes.quantize.weights import QuantizeWeights
-from graphopt.program import Program
+from graphopt.program import Program, tensor_bytes
 from graphopt.rewrite.driver import apply_rules
 from graphopt.rewrite.passes import Attempt, Settled, Trials
 
@@ -226,7 +226,7 @@ class Search:
 
     @property
     def _floats(self) -> int:
-        return _state_bytes(self.trials.program.state.values())
+        return tensor_bytes(self.trials.program.state.values())
 
     def _units(self) -> tuple[list[Unit], int]:
         """Weights in groups that share names, and bytes of all else."""
@@ -250,7 +250,7 @@ class Search:
             for group in groups
         ]
         held = {t.weight: program.state[program.target_of(t.weight) or ""] for t in targets}
-        return units, _state_bytes(program.state.values()) - _state_bytes(held.values())
+        return units, tensor_bytes(program.state.values()) - tensor_bytes(held.values())
 
     def _unit(
         self, program: Program, targets: Sequence[Target], found: Sequence[Sequence[Choice]]
@@ -260,7 +260,7 @@ class Search:
         names = tuple(n for w in weights for n in weight_names(program, w) if n in known)
         together = [Choice(*map(sum, zip(*each, strict=True))) for each in zip(*found, strict=True)]
         options = [self._fields(one, program, weights[0]) for one in self.passes]
-        held = _state_bytes(program.state[program.target_of(w) or ""] for w in weights)
+        held = tensor_bytes(program.state[program.target_of(w) or ""] for w in weights)
         if not names:
             together, options = together[-1:], options[-1:]
         costs = [choice.bytes for choice in together]
@@ -293,8 +293,3 @@ def _groups(program: Program, weights: Sequence[fx.Node]) -> list[list[int]]:
                 members = [*other[1], *members]
         groups = [*apart, (names, members)]
     return [members for _, members in groups]
-
-
-def _state_bytes(tensors: Any) -> int:
-    distinct: dict[int, Tensor] = {id(t): t for t in tensors}
-    return sum(t.numel() * t.element_size() for t in distinct.values())
