@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.models import smollm2
 from graphopt.emit.onnx_runtime import open_session
 from graphopt.emit.onnx_translate import quiet
+from graphopt.kernels.quantized import Scheme, quantize
 
 Sequences = list[Tensor]
 Logits = Callable[[Tensor], Tensor]
@@ -28,6 +29,16 @@ class Format(NamedTuple):
 
 def logits_of(model: nn.Module) -> Logits:
     return lambda ids: model(ids).logits
+
+
+def nearest(model: nn.Module, format_: Format, _text: Sequences) -> Logits:
+    """Round-to-nearest on the whole range of each group: what every method is for."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            scheme = Scheme(format_.bits, "int", format_.group_size, format_.symmetric)
+            stored = quantize(module.weight, scheme).dense().to(module.weight.dtype)
+            module.weight = nn.Parameter(stored, requires_grad=False)
+    return logits_of(model)
 
 
 def torchao_hqq(model: nn.Module, format_: Format, _text: Sequences) -> Logits:
@@ -131,6 +142,7 @@ def _onnxruntime(model: nn.Module, config: Any) -> Logits:
 
 
 PEERS: dict[str, Callable[[nn.Module, Format, Sequences], Logits]] = {
+    "round to nearest": nearest,
     "torchao HQQ": torchao_hqq,
     "ONNX Runtime HQQ": onnxruntime_hqq,
     "ONNX Runtime GPTQ": onnxruntime_gptq,

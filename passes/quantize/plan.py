@@ -22,6 +22,7 @@ from graphopt.passes.quantize import remainder
 from graphopt.passes.quantize.layers import Kind, Layers
 from graphopt.passes.quantize.methods import Methods
 from graphopt.passes.quantize.observed import Observed
+from graphopt.passes.quantize.propagation import Propagation
 from graphopt.program import Program, val
 from graphopt.rewrite import Match, Refusal
 
@@ -149,6 +150,9 @@ class Calibration:
         self.looked_up = {m["weight"] for m in matches if len(products_of(m)) < len(m.nodes)}
         self.weight_of = {node: m["weight"] for m in matches for node in products_of(m)}
         self.observed = Observed(program, samples, self.weight_of)
+        self.propagation: Propagation | None = None
+        if settings.methods.propagates:
+            self.propagation = Propagation.of(program, samples, self.weight_of)
         self.blind = not samples
         self.made: dict[str, Split] = {}
         self.notes: dict[str, str] = {}
@@ -174,12 +178,18 @@ class Calibration:
 
     def _next(self) -> fx.Node | None:
         """Go on to the next product; its weight, if that was calibrated there."""
-        weight = self.weight_of[self.observed.next()]
+        product = self.observed.next()
+        if self.propagation is not None:
+            self.propagation.look(product, self.observed.stream)
+        weight = self.weight_of[product]
         pending = {self.weight_of[n] for n in self.observed.left}
         if weight in pending:  # calibrated where it is read last
             return None
         self._quantize(weight)
-        self.observed.keep(n for n, w in self.weight_of.items() if w in pending)
+        needed = [n for n, w in self.weight_of.items() if w in pending]
+        self.observed.keep(needed)
+        if self.propagation is not None:
+            self.propagation.keep([*needed, *self.observed.left])
         return weight
 
     def _quantize(self, weight: fx.Node) -> None:
@@ -211,7 +221,9 @@ class Calibration:
     def _make(self, weight: fx.Node, seen: Seen | None) -> Split:
         name = self.program.target_of(weight) or weight.name
         looked_up = weight in self.looked_up
-        found, note = made(self.program.state[name], self.at(weight), seen, looked_up=looked_up)
+        tensor, moved = self._served(weight, seen)
+        found, note = made(tensor, self.at(weight), seen, looked_up=looked_up)
+        note = "; ".join(filter(None, (moved, note)))
         if seen is None and not self.blind:
             none = f"`{name}` saw no calibration rows: it is rounded to nearest"
             note = f"{none}; {note}" if note else none
@@ -219,6 +231,15 @@ class Calibration:
         if note:
             self.notes[name] = note
         return found
+
+    def _served(self, weight: fx.Node, seen: Seen | None) -> tuple[Tensor, str]:
+        """What is rounded: the weight, or what serves better behind quantized layers."""
+        tensor = self.program.state[self.program.target_of(weight) or weight.name]
+        if self.propagation is None or seen is None:
+            return tensor, ""
+        return self.propagation.served(
+            tensor, [n for n, w in self.weight_of.items() if w is weight]
+        )
 
 
 def products_of(match: Match) -> list[fx.Node]:

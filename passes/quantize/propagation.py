@@ -1,0 +1,133 @@
+"""What quantized layers before a weight cost, made good by the weight, before it is rounded.
+
+Behind quantized layers the inputs of a product are x where they were x0. A weight W should still
+give ``W x0``; the matrix that comes nearest to it on what there is to multiply is
+
+    W' = W + a W D (H + d)^-1,    D = sum (x0 - x) x.T,    H = sum x x.T
+
+with a = 1 and a small damping d (least squares; Arai & Ichikawa 2025, "Quantization Error
+Propagation"; Li et al. 2025, "GPTAQ", solve the same problem column by column). W' takes the place
+of W when codes are chosen. On few inputs it would learn what is peculiar to them: a, between 0 and
+1, is what serves best where W' is made of one half of the inputs and judged on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.calibration import Stream
+from graphopt.kernels.quantized.gptq import damped
+from graphopt.passes.quantize.observed import given_to
+from graphopt.program import Program
+
+DAMPING = 0.01
+"""Share of the mean of H's diagonal, as `gptq` has it."""
+
+
+class Half(NamedTuple):
+    """Sums over half of the rows, ``(K, K)`` each, float32."""
+
+    drift: Tensor
+    moment: Tensor
+
+    def __add__(self, other: object) -> Half:
+        assert isinstance(other, Half)
+        return Half(self.drift + other.drift, self.moment + other.moment)
+
+    def map(self) -> Tensor:
+        """``D (H + d)^-1``, ``(K, K)``."""
+        lower = torch.linalg.cholesky(damped(self.moment.double(), DAMPING))
+        return torch.cholesky_solve(self.drift.double().t(), lower).t().to(torch.float32)
+
+
+class Propagation:
+    """Runs the float model beside a quantized one, and keeps how far inputs of products have moved.
+
+    Args:
+        stream: of the program as it was, on the same samples; it stops at products.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.halves: dict[fx.Node, tuple[Half, Half] | None] = {}
+
+    @classmethod
+    def of(
+        cls, program: Program, samples: Sequence[Sequence[Any]], products: Iterable[fx.Node]
+    ) -> Propagation:
+        return cls(Stream(program, samples, list(products)))
+
+    def look(self, product: fx.Node, quantized: Stream) -> None:
+        """The stream of the quantized model has come to a product."""
+        self.stream.advance(product)
+        given = given_to(product)
+        if given not in self.halves:
+            pairs = zip(self.stream.given(given), quantized.given(given), strict=True)
+            self.halves[given] = _halves(pairs, len(self.stream.values))
+
+    def served(self, weight: Tensor, products: Iterable[fx.Node]) -> tuple[Tensor, str]:
+        """W' of a weight ``(N, K)``, float32, and what there is to say of it."""
+        found = [self.halves[given_to(n)] for n in products]
+        known = [halves for halves in found if halves is not None]
+        if len(known) < len(found) or not known:
+            return weight, "its inputs are other rows than in the float model: nothing propagated"
+        first, second = known[0]
+        for one, other in known[1:]:
+            first, second = first + one, second + other
+        wide = weight.detach().to(torch.float32)
+        share = _share(wide, first, second)
+        if share == 0:
+            return weight, ""
+        moved = wide @ (first + second).map() * share
+        return wide + moved, f"makes good {share:.0%} of what inputs lost before it"
+
+    def keep(self, products: Iterable[fx.Node]) -> None:
+        """Drop sums that these products do not need."""
+        wanted = {given_to(n) for n in products}
+        self.halves = {n: h for n, h in self.halves.items() if n in wanted}
+
+
+def _share(weight: Tensor, first: Half, second: Half) -> float:
+    """The a for which a map of either half is best on the other: the quotient of two quadratics."""
+    gain = size = torch.zeros((), dtype=torch.float64)
+    for own, other in ((first, second), (second, first)):
+        moved = weight @ own.map()
+        gain = gain + (moved * (weight @ other.drift)).sum(dtype=torch.float64)
+        size = size + (moved * (moved @ other.moment)).sum(dtype=torch.float64)
+    share = float(gain / size) if size > 0 else 0.0
+    return min(max(share, 0.0), 1.0)
+
+
+def _halves(pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Half, Half] | None:
+    """Of inputs in the float and in the quantized model; ``None`` where they do not correspond."""
+    halves: list[Half] | None = None
+    for index, (before, now) in _parts(pairs, count):
+        if before.shape != now.shape:
+            return None
+        rows = now.detach().flatten(0, -2).to(torch.float32)
+        lost = before.detach().flatten(0, -2).to(torch.float32) - rows
+        if halves is None:
+            shape = (rows.shape[1], rows.shape[1])
+            halves = [Half(rows.new_zeros(shape), rows.new_zeros(shape)) for _ in range(2)]
+        halves[index % 2].drift.addmm_(lost.t(), rows)
+        halves[index % 2].moment.addmm_(rows.t(), rows)
+    return None if halves is None else (halves[0], halves[1])
+
+
+def _parts(
+    pairs: Iterable[tuple[Tensor, Tensor]], count: int
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Samples in turn; the two halves of the rows where there is one sample alone."""
+    if count > 1:
+        yield from enumerate(pairs)
+        return
+    for before, now in pairs:
+        if before.shape == now.shape:
+            rows = [x.flatten(0, -2) for x in (before, now)]
+            yield from enumerate(zip(rows[0].chunk(2), rows[1].chunk(2), strict=True))
+        else:
+            yield 0, (before, now)

@@ -1,0 +1,100 @@
+"""Weights moved before they are rounded, so that they make good what layers before them lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_quantize_calibrated import batches, error, quantized
+from torch import Tensor
+
+from graphopt.passes.quantize.methods import methods
+from graphopt.passes.quantize.propagation import Half, Propagation, _halves, _share
+
+
+def rows(seed: int, count: int = 256, width: int = 24) -> Tensor:
+    """Rows whose features depend on each other."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(width, width, generator=torch.Generator().manual_seed(9))
+    return torch.randn(count, width, generator=generator) @ basis
+
+
+def pairs(count: int, lost: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Inputs in the float model, and what a linear map leaves of them."""
+    return [(x, x @ lost) for x in (rows(seed) for seed in range(count))]
+
+
+def test_a_loss_that_is_a_linear_map_is_made_good() -> None:
+    """Where ``x = M x0``, what serves is ``W M^-1``: there is nothing else to learn."""
+    lost = torch.eye(24) + 0.1 * torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(7, 24, generator=torch.Generator().manual_seed(2))
+    halves = _halves(pairs(6, lost), 6)
+    assert halves is not None
+    moved = weight + weight @ (halves[0] + halves[1]).map()
+    new, gone = rows(77), rows(77) @ lost
+    before = (gone @ weight.t() - new @ weight.t()).norm()
+    after = (gone @ moved.t() - new @ weight.t()).norm()
+    assert after < 0.25 * before
+    assert _share(weight, *halves) > 0.95
+
+
+def test_noise_is_not_learned() -> None:
+    """Few inputs, and noise: what one half taught is wrong on the other."""
+    noisy = [(x + torch.randn_like(x) * 0.3, x) for x in (rows(s, 16) for s in range(2))]
+    halves = _halves(noisy, 2)
+    assert halves is not None
+    assert _share(torch.randn(7, 24), *halves) < 0.2
+
+
+def test_one_sample_is_judged_by_its_halves() -> None:
+    x = rows(0)
+    found = _halves([(x, x)], 1)
+    assert found is not None
+    assert torch.allclose(found[0].moment, x[:128].t() @ x[:128], rtol=1e-5)
+    assert torch.allclose((found[0] + found[1]).moment, x.t() @ x, rtol=1e-4, atol=1e-3)
+    assert not found[0].drift.any()
+
+
+def test_other_rows_are_no_pairs() -> None:
+    """Routers may send other tokens to an expert than in the float model."""
+    assert _halves([(rows(0, 8), rows(0, 9))], 1) is None
+    assert _halves([(rows(0, 8), rows(0, 8)), (rows(1, 8), rows(1, 7))], 2) is None
+
+
+def test_the_map_is_the_solution_of_least_squares() -> None:
+    drift = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    moment = torch.diag(torch.arange(1.0, 6.0))
+    want = drift / (torch.arange(1.0, 6.0) + 0.03)
+    assert torch.allclose(Half(drift, moment).map(), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq+propagate", "propagate", "gptq+propagate+learned"])
+def test_it_is_nearer_than_gptq_alone(method: str) -> None:
+    options = {"bits": 2, "group_size": 32, "symmetric": False, "tolerance": 2.0}
+    calibration = batches(12)
+    alone = quantized(method="gptq", calibration=calibration, **options)
+    moved = quantized(method=method, calibration=calibration, **options)
+    assert error(moved) < 0.98 * error(alone)
+    notes = [n for n in moved.report.quantization.notes if "makes good" in n]
+    assert notes or "learned" in method
+    again = quantized(method=method, calibration=calibration, **options)
+    assert error(again) == error(moved)
+
+
+def test_it_goes_with_gptq() -> None:
+    assert methods("propagate").rounding == "gptq"
+    assert methods("awq+propagate").calibrated == ("awq", "gptq", "propagate")
+    with pytest.raises(ValueError, match="leave hqq out"):
+        methods("hqq+propagate")
+
+
+def test_sums_are_kept_for_products_to_come_alone() -> None:
+    from torch import fx
+
+    graph = fx.Graph()
+    given = [graph.placeholder(name) for name in "ab"]
+    weight = graph.placeholder("w")
+    made = [graph.call_function(torch.ops.aten.linear.default, (x, weight)) for x in given]
+    beside = Propagation.__new__(Propagation)
+    beside.halves = dict.fromkeys(given)
+    beside.keep(made[1:])
+    assert list(beside.halves) == given[1:]
