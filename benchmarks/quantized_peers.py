@@ -36,7 +36,7 @@ def nearest(model: nn.Module, format_: Format, _text: Sequences) -> Logits:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             scheme = Scheme(format_.bits, "int", format_.group_size, format_.symmetric)
-            stored = quantize(module.weight, scheme).dense().to(module.weight.dtype)
+            stored = quantize(module.weight, scheme).dequantize().to(module.weight.dtype)
             module.weight = nn.Parameter(stored, requires_grad=False)
     return logits_of(model)
 

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import quantized_gpu
 from benchmarks.quantized_gpu import FOUR, LAYERS, SETUPS, Setup, measured
+from benchmarks.quantized_peers import Format, nearest
 from graphopt.kernels.quantized import Scheme
 
 CEILINGS = {"bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "int": 1e12}
@@ -60,3 +61,15 @@ def test_setups_are_what_is_asked() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs there")
 def test_without_a_gpu_it_is_skipped() -> None:
     assert quantized_gpu.run(None) == {"skipped": "no CUDA device"}
+
+
+def test_rounding_that_methods_are_compared_with() -> None:
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 8), "lm_head": torch.nn.Linear(8, 4)})
+    model.bfloat16()
+    layer, head = model["layer"].weight.clone(), model["lm_head"].weight.clone()
+    nearest(model, Format(4, 32, True), [])
+    step = layer.view(8, 2, 32).abs().amax(-1, keepdim=True) / 7
+    off = (model["layer"].weight.view(8, 2, 32) - layer.view(8, 2, 32)).abs() / step
+    assert off.max() < 1  # the largest may be clipped: codes go to -8, and to 7 only
+    assert 0.2 < off.mean() < 0.3
+    assert torch.equal(model["lm_head"].weight, head)
