@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import ExportedProgram
@@ -58,7 +58,19 @@ def _exported(program: Program) -> tuple[ExportedProgram, dict[str, str]]:
     if program.call is not None:
         plain, returns = without_names(program.call.out_spec)
         program.call = replace(program.call, out_spec=plain)
-    return to_exported(program), returns
+    exported = to_exported(program)
+    given = pytree.tree_map(_flat_cache, exported.example_inputs, is_leaf=_is_cache)
+    exported._example_inputs = given
+    return exported, returns
+
+
+def _is_cache(value: Any) -> bool:
+    return type(value).__name__.endswith("Cache")
+
+
+def _flat_cache(value: Any) -> Any:
+    """The tensors of a cache: examples are tensors in a file, which builds no other objects."""
+    return pytree.tree_leaves(value) if _is_cache(value) else value
 
 
 def _write(exported: ExportedProgram, path: Path, text: str, where: str) -> None:
@@ -86,7 +98,11 @@ def load(path: str | Path) -> OptimizedModule:
     program = program_of(loaded)
     report = _facts(loaded).report
     report = Report(program.name) if report is None else Report.from_dict(report)
-    return OptimizedModule(program, report)
+    from graphopt.emit.laid_out import lay_out
+
+    module = OptimizedModule(program, report)
+    lay_out(module)
+    return module
 
 
 def program_of(loaded: LoadedModel) -> Program:

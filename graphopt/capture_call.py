@@ -65,9 +65,10 @@ def example_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         CaptureError: the call does not fit ``forward``, or a graph cannot take an argument.
     """
+    found = huggingface.pretrained_models(model)
+    huggingface.register_caches(found)
     checked_call(model, args, kwargs)
     args, kwargs = pytree.tree_map_only(Tensor, _usable, (args, kwargs))
-    found = huggingface.pretrained_models(model)
     if not found or found[0] is not model:
         return Example(model, (args, kwargs), hugging_face=found)
     values, flags = huggingface.by_keyword(model, args, kwargs)

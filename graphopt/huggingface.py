@@ -59,6 +59,12 @@ def precomputed(model: nn.Module, values: dict[str, Any]) -> list[str]:
     return [name for name in values if name not in known]
 
 
+def register_caches(models: list[nn.Module]) -> None:
+    """Let caches of keys and values be taken apart and rebuilt, as inputs and as outputs."""
+    for model in models:
+        _exporters().exporter_dynamo.register_cache_pytrees_for_model(model)
+
+
 @contextmanager
 def tracing_patches(models: list[nn.Module]) -> Iterator[None]:
     """Patches of `transformers.exporters` for the model code that is loaded, undone on exit."""
@@ -68,7 +74,6 @@ def tracing_patches(models: list[nn.Module]) -> Iterator[None]:
         stack.enter_context(_quiet("transformers.exporters"))
         stack.enter_context(utils.patch_attributes(_loaded_patches(utils)))
         for model in models:
-            dynamo.register_cache_pytrees_for_model(model)
             stack.enter_context(dynamo.reset_model_state(model))
         yield
 

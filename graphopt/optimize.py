@@ -140,11 +140,14 @@ def optimize_program(
         )
     options.progress("emit")
     module = OptimizedModule(optimized, report, program)
+    from graphopt.emit.laid_out import lay_out
+
+    executed = lay_out(module, options)
     if options.target == "inductor":
         from graphopt.emit.inductor import to_inductor
 
-        to_inductor(module, program, options)
-    else:
+        to_inductor(module, program, options, executed)
+    elif executed is None:
         from graphopt.emit.onednn import to_onednn
 
         to_onednn(module, options)

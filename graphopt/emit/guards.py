@@ -204,7 +204,8 @@ def _labels(program: Program) -> Iterator[str]:
     if call is None:
         yield from (n.name for n in nodes)
         return
-    example = pytree.tree_unflatten([0] * call.in_spec.num_leaves, call.in_spec)
+    leaves = [torch.empty(0)] * call.in_spec.num_leaves  # caches take anything else for their own
+    example = pytree.tree_unflatten(leaves, call.in_spec)
     count = len(example[0])
     for path, _ in pytree.tree_flatten_with_path(example)[0]:
         inner: Any = path[1]

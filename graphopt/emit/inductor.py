@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.emit.deferring import apart
+from graphopt.emit.laid_out import TOLERANCE
 from graphopt.emit.module import OptimizedModule
 from graphopt.emit.spelled import spelled
 from graphopt.errors import VerificationError
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from graphopt.recipe import Options
 
 
-def to_inductor(module: OptimizedModule, original: Program, options: Options) -> None:
+def to_inductor(
+    module: OptimizedModule, original: Program, options: Options, executed: Program | None = None
+) -> None:
     """Compile the module's graph with Inductor; keep it only if it holds to float64.
 
     Outputs are checked on the captured and on unseen sizes, with gradients where the model trains.
@@ -33,21 +36,24 @@ def to_inductor(module: OptimizedModule, original: Program, options: Options) ->
     with the gradients in full. Where the original does not fit in
     memory, or was approximated, what is compiled is compared with the rewritten graph.
 
+    Args:
+        executed: what the module runs, where that is a twin of its program.
+
     Raises:
         VerificationError: with ``strict``, where Inductor's code is wrong or cannot be made.
     """
-    plain = module._graph.code
+    plain, quick = module._graph.code, module._graph.fast
     options.progress("inductor")
     dynamic = True if original.range_constraints else None
     compile_graph = partial(apart, lower=partial(_compiled, dynamic=dynamic))
-    module._graph.code = compile_graph(plain)
-    graph = module.program.graph
+    module._graph.code, module._graph.fast = compile_graph(plain), None
+    graph = (executed or module.program).graph
     apart_from_it = any(map(is_random, graph.nodes)) or is_filtered(graph)
     lower = compile_graph if apart_from_it else lambda _graph: module._graph.code
-    why = _fault(module, original, lower)
+    why = _fault(module, original, lower, executed or module.program)
     if why is None:
         return
-    module._graph.code = plain
+    module._graph.code, module._graph.fast = plain, quick
     message = f"Inductor's code for {original.name} {why}"
     if options.strict:
         raise VerificationError(message, fix="use target='torch'")
@@ -58,14 +64,17 @@ def _compiled(graph_module: fx.GraphModule, dynamic: bool | None) -> Callable[..
     return torch.compile(spelled(graph_module), dynamic=dynamic, fullgraph=True)
 
 
-def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | None:
+def _fault(
+    module: OptimizedModule, original: Program, lower: Lower, executed: Program
+) -> str | None:
     """What is wrong with the compiled graph, in words; ``None`` where nothing is."""
-    program = full_program(module.program)
+    program = full_program(executed)
+    tolerance = 0.0 if program.state.keys() <= module.program.state.keys() else TOLERANCE
     alone = module.report.losses or crowded(original, WITH_GRADIENTS)
     reference = program if alone else original
     sets, _ = trial_inputs(reference, ones=False)
     try:
-        found = [_measure(program, reference, inputs, lower) for inputs in sets]
+        found = [_measure(program, reference, inputs, lower, tolerance) for inputs in sets]
     except torch._dynamo.exc.TorchDynamoException as error:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"cannot be made: {' '.join(said[:2])}"
@@ -73,6 +82,10 @@ def _fault(module: OptimizedModule, original: Program, lower: Lower) -> str | No
     return None if off is None else f"is wrong: {off.note}, error {off.rms:.2g}"
 
 
-def _measure(program: Program, original: Program, inputs: Sequence[Any], lower: Lower) -> Measure:
-    outputs, gradients = hold(original, program, inputs, Numeric.REASSOCIATED, lower=lower)
+def _measure(
+    program: Program, original: Program, inputs: Sequence[Any], lower: Lower, tolerance: float
+) -> Measure:
+    """With a tolerance, of what rounds its inputs to bfloat16 on the way."""
+    numeric = Numeric.LOSSY if tolerance else Numeric.REASSOCIATED
+    outputs, gradients = hold(original, program, inputs, numeric, tolerance, lower=lower)
     return worst([outputs] if gradients is None else [outputs, gradients])

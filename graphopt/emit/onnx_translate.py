@@ -36,7 +36,8 @@ def output_names(program: Program) -> tuple[str, ...]:
     values = program.user_outputs()
     if program.call is None:
         return tuple(f"output_{i}" for i in range(len(values)))
-    tree = pytree.tree_unflatten(list(range(len(values))), program.call.out_spec)
+    leaves = [torch.empty(0) for _ in values]  # caches take anything else for their own
+    tree = pytree.tree_unflatten(leaves, program.call.out_spec)
     paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     named = [_spell(path) or "output" for path in paths]
     taken = set(input_names(program))

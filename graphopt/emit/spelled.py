@@ -12,7 +12,7 @@ from graphopt.emit.gelu import quick_gelu
 from graphopt.kernels.quantized import integers
 from graphopt.kernels.quantized.operator import quantized_linear
 from graphopt.kernels.quantized.scheme import Scheme
-from graphopt.kernels.quantized.spelled import int8_linear
+from graphopt.kernels.quantized.spelled import int4_linear, int8_linear
 from graphopt.program import copy_graph, val
 from graphopt.rewrite import arguments
 
@@ -39,6 +39,9 @@ def _gelu(node: fx.Node, given: Mapping[str, Any]) -> Call | None:
 
 def _quantized(_node: fx.Node, given: Mapping[str, Any]) -> Call | None:
     scheme = Scheme(*(given[name] for name in ("bits", "dtype", "group_size", "symmetric")))
+    if given["layout"] == "int4pack":
+        names = ("input", "codes", "scales", "bias")
+        return int4_linear, (*(given[name] for name in names), scheme.group_size, scheme.symmetric)
     fits = scheme == Scheme(8) and given["layout"] == "plain" and given["activations"] == "dynamic"
     narrow = val(given["codes"]).shape[1] < 2  # see `integers._int_mm_takes`
     if not fits or narrow or not integers.is_exact("int_mm"):

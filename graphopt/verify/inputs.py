@@ -44,15 +44,49 @@ def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = No
 
     Floating values follow the example's mean and deviation, or a deviation of the mean's size (at
     least 1) where the example is constant: zeros and ones would not tell operators apart. Integers
-    and booleans are drawn from the example's own values, so indices stay valid and masks masks.
+    and booleans are drawn from the example's own values, so indices stay valid and masks masks. Keys
+    and values of a cache are those of positions drawn from the example's: what attends to noise
+    answers noise, on which no approximation can be judged.
 
     Args:
         sizes: symbol -> size; symbols left out keep the captured size.
     """
     generator = torch.Generator().manual_seed(SEED + sum((sizes or {}).values()))
     known = {**symbols_of(program), **(sizes or {})}
+    kept = _cached(program)
     pairs = zip(program.user_inputs(), program.example_inputs, strict=True)
-    return [_fresh(val(node), example, known, generator) for node, example in pairs]
+    return [
+        (_positions if index in kept else _fresh)(val(node), example, known, generator)
+        for index, (node, example) in enumerate(pairs)
+    ]
+
+
+def _cached(program: Program) -> set[int]:
+    """Flat user inputs that are tensors ``(B, H, S, D)`` of a cache."""
+    if program.call is None:
+        return set()
+    found, pending, index = set(), [(program.call.in_spec, False)], 0
+    while pending:
+        spec, inside = pending.pop()
+        if spec.is_leaf():
+            found |= {index} if inside else set()
+            index += 1
+        inside = inside or getattr(spec.type, "__name__", "").endswith("Cache")
+        pending += [(child, inside) for child in reversed(spec.children())]
+    values = program.example_inputs
+    return {i for i in found if isinstance(values[i], Tensor) and values[i].dim() == 4}
+
+
+def _positions(
+    fake: Any, example: Tensor, sizes: Mapping[Any, int], generator: torch.Generator
+) -> Tensor:
+    """Positions of the example: its first, which models like to attend to, then any others."""
+    shape = [_extent(extent, sizes) for extent in fake.shape]
+    for axis in (0, 2):
+        index = torch.randint(example.shape[axis], (shape[axis],), generator=generator)
+        index[:1] = 0
+        example = example.index_select(axis, index.to(example.device))
+    return example
 
 
 def first_positions(

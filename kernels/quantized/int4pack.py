@@ -7,6 +7,8 @@ cost an error of up to 2**-9 of a number. The size is that of the plain layout, 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,74 @@ def prepare(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _codes(weight: QuantizedWeight) -> Tensor:
-    unsigned = weight.unpacked().to(torch.int32) + weight.scheme.offset
+    return _packed(weight.unpacked().to(torch.int32) + weight.scheme.offset)
+
+
+def _packed(unsigned: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+
+
+def restorable(outputs: int) -> bool:
+    """Whether `unpack` and `rows` can find the codes again: rows lie in whole blocks."""
+    return outputs % _BLOCK == 0
+
+
+@cache
+def places(width: int) -> tuple[Tensor, Tensor]:
+    """Where the kernel's order has the code of row r and input k of a block: byte and shift.
+
+    Both are ``(64, K)``, int32 and uint8. Found by packing, bit by bit, the numbers of all codes.
+    """
+    count = _BLOCK * width
+    numbers = torch.arange(count, dtype=torch.int32).view(_BLOCK, width)
+    halves = torch.zeros(2, count // 2, dtype=torch.int64)
+    for bit in range((count - 1).bit_length()):
+        packed = _packed(numbers >> bit & 1).flatten()
+        halves[0] |= (packed & 15).to(torch.int64) << bit
+        halves[1] |= (packed >> 4).to(torch.int64) << bit
+    bytes_, shifts = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=torch.uint8)
+    for half, shift in zip(halves, (0, 4), strict=True):
+        bytes_[half] = torch.arange(count // 2, dtype=torch.int32)
+        shifts[half] = shift
+    return bytes_.view(_BLOCK, width), shifts.view(_BLOCK, width)
+
+
+def unpack(codes: Tensor) -> Tensor:
+    """The plain codes, uint8 ``(N, K / 2)``, of those in this order; N as `restorable` has it."""
+    width = codes.shape[1] * 2
+    pieces = codes.view(-1, _BLOCK * codes.shape[1])
+    where, shifts = (table.flatten() for table in places(width))
+    made = torch.empty_like(codes)
+    for piece, block in zip(pieces, made.split(_BLOCK), strict=True):
+        found = piece[where] >> shifts & 15
+        block.copy_(found[::2].view(_BLOCK, -1) | found[1::2].view(_BLOCK, -1) << 4)
+    return made
+
+
+def rows(
+    indices: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    where: Tensor,
+    shifts: Tensor,
+) -> Tensor:
+    """Rows of the weight, float32 ``(*indices.shape, K)``, from codes in this order.
+
+    Args:
+        scales: plain ones, ``(N, G)``, as zeros are.
+        where: with ``shifts``, what `places` gives for K.
+    """
+    width = where.shape[1]
+    flat = indices.flatten()
+    lane, block = flat % _BLOCK, flat // _BLOCK
+    start = (block * (_BLOCK * codes.shape[1]))[:, None]
+    found = codes.view(-1)[start + where[lane]] >> shifts[lane] & 15
+    numbers = found.unflatten(1, (scales.shape[1], -1)).to(torch.float32) - 8
+    if zeros is not None:
+        numbers = numbers - zeros[flat].to(torch.float32)[..., None]
+    made = numbers * scales[flat].to(torch.float32)[..., None]
+    return made.reshape(*indices.shape, width)
 
 
 def product(x: Tensor, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
@@ -58,6 +126,14 @@ def product(x: Tensor, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(
         x.contiguous(), tensors["codes"], scheme.group_size, tensors["scales"]
     )
+
+
+def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """``x (..., K)`` in any floating dtype, rounded to bfloat16, times the weight: ``(..., N)``."""
+    given = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    made = torch.ops.aten._weight_int4pack_mm_for_cpu(given, codes, group, scales).to(x.dtype)
+    made = made.reshape(*x.shape[:-1], codes.shape[0])
+    return made if bias is None else made + bias.to(x.dtype)
 
 
 def dequantize(tensors: dict[str, Tensor], scheme: Scheme, width: int) -> Tensor:

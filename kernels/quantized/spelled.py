@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.kernels.quantized import int4pack
 from graphopt.kernels.quantized.operator import quantized_linear_backward
 
 _LEAST = 1e-37
@@ -28,6 +29,40 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -
     """
     made = _Product.apply(x, codes, scales)
     return made.to(x.dtype) if bias is None else (made + bias).to(x.dtype)
+
+
+def int4_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    symmetric: bool,
+) -> Tensor:
+    """``x (..., K)`` to ``(..., N)`` with a weight of 4 bits in the layout ``"int4pack"``.
+
+    x is rounded to bfloat16. Gradients are those of ``quantized_linear``.
+    """
+    made = _PackedProduct.apply(x, codes, scales, group_size, symmetric)
+    return made if bias is None else made + bias.to(x.dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Without the bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, group_size: int, symmetric: bool
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.settings = x.shape[-1], 4, "int", group_size, symmetric, "int4pack"
+        return int4pack.linear(x, codes, scales, None, group_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        codes, scales = ctx.saved_tensors
+        made = quantized_linear_backward(grad, codes, scales, None, None, *ctx.settings)
+        return made, None, None, None, None
 
 
 class _Product(torch.autograd.Function):

@@ -11,6 +11,7 @@ from graphopt.passes.composites.activations import (
     RecognizeSilu,
 )
 from graphopt.passes.composites.attention import RecognizeAttention
+from graphopt.passes.composites.grouped_heads import ShareGroupedHeads
 from graphopt.passes.composites.norms import RecognizeLayerNorm, RecognizeRMSNorm
 from graphopt.passes.composites.sigmoid import RecognizeSigmoid
 from graphopt.passes.composites.softmax import RecognizeSoftmax
@@ -35,4 +36,4 @@ class RecognizeComposites(Pass):
         sigmoids = (RecognizeSigmoid(), RecognizeSilu())
         activations = (RecognizeGelu(), *sigmoids, RecognizeHardswish())
         attention = RecognizeAttention(self.assume_visible)
-        return (attention, RecognizeSoftmax(), *norms, *activations)
+        return (attention, ShareGroupedHeads(), RecognizeSoftmax(), *norms, *activations)
