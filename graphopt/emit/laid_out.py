@@ -6,8 +6,7 @@ read codes in the layout ``"int4pack"``, which takes the place of the plain code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -31,27 +30,6 @@ if TYPE_CHECKING:
 TOLERANCE = 0.05
 """Relative RMS that outputs may be off by from those of the plain layout: activations and scales
 are rounded to bfloat16 on the way, which costs each product 2**-9."""
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A weight that was laid out: its scheme, and the names of the state that it is made of."""
-
-    scheme: Scheme
-    width: int
-    scales: str
-    zeros: str | None
-    pairs: str
-
-    def tensors(self, codes: Tensor, state: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The layout's tensors of plain codes; ``state`` gives tensors by their names."""
-        zeros = None if self.zeros is None else state(self.zeros)
-        plain = QuantizedWeight(self.scheme, self.width, codes, state(self.scales), zeros)
-        return int4pack.prepare(plain)
-
-    def plain(self, codes: Tensor) -> Tensor:
-        """Plain codes of those that are laid out."""
-        return int4pack.unpack(codes)
 
 
 def lay_out(module: OptimizedModule, options: Options | None = None) -> Program | None:
@@ -88,31 +66,35 @@ def lay_out(module: OptimizedModule, options: Options | None = None) -> Program 
     return twin
 
 
-def laid_out(program: Program) -> tuple[Program, dict[str, Laid]]:
+def laid_out(program: Program) -> tuple[Program, set[str]]:
     """A twin that reads weights in the layout of the machine where it is the faster one."""
-    twin, laid = program.copy(), dict[str, Laid]()
+    twin, laid = program.copy(), set[str]()
     for node, name in twin.state_nodes().items():
         if (fields := _fields(twin, node)) is None:
             continue
-        scales, zeros = fields
         first = next(user for user in node.users if user.target is quantized_linear)
         width = val(first.args[0]).shape[-1]
         build = Builder(twin, first, "laid out", folds=False)
-        held = Laid(
-            _scheme(first),
-            int(width),
-            str(twin.target_of(scales)),
-            None if zeros is None else str(twin.target_of(zeros)),
-            f"{name}_pairs",
-        )
-        tensors = held.tensors(twin.state[name], twin.state.__getitem__)
-        pairs = build.state(held.pairs, tensors["scales"], (node,))
-        laid[name] = replace(held, pairs=str(twin.target_of(pairs)))
+        tensors = int4pack.prepare(_weight(twin, node, _scheme(first), int(width), *fields))
+        pairs = build.state(f"{name}_pairs", tensors["scales"], (node,))
         twin.state[name] = tensors["codes"]
+        laid.add(name)
         for user in list(node.users):
             _spell(user, pairs, build)
     twin.recompile()
     return twin, laid
+
+
+def _weight(
+    program: Program,
+    codes: fx.Node,
+    scheme: Scheme,
+    width: int,
+    scales: fx.Node,
+    zeros: fx.Node | None,
+) -> QuantizedWeight:
+    held = None if zeros is None else program.tensor(zeros)
+    return QuantizedWeight(scheme, width, program.tensor(codes), program.tensor(scales), held)
 
 
 def _fields(program: Program, codes: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,9 +23,6 @@ from graphopt.program import Program
 from graphopt.report.model import Report
 from graphopt.rewrite.builder import is_folded
 from graphopt.signature import InputKind, OutputKind
-
-if TYPE_CHECKING:
-    from graphopt.emit.laid_out import Laid
 
 _USER = OutputKind.USER
 
@@ -65,7 +62,7 @@ class OptimizedModule(nn.Module):
         self._folded = FoldedWeights(original, program)
         rules = {applied.rule for applied in report.applied}
         self._recognised = program.frozen and "RecognizeAttention" in rules
-        self._laid: dict[str, Laid] = {}
+        self._laid: frozenset[str] = frozenset()
 
     def _register_state(self, program: Program) -> None:
         kinds = {e.target: e for e in program.inputs.values() if e.target is not None}
@@ -146,11 +143,11 @@ class OptimizedModule(nn.Module):
         """Run ``code`` instead of the graph wherever neither gradients nor autocast are on."""
         object.__setattr__(self._graph, "fast", code)
 
-    def lay_out(self, executed: Program, laid: Mapping[str, Laid]) -> None:
-        """Run a twin of the program that reads some weights in a layout of this machine.
+    def lay_out(self, executed: Program, laid: Collection[str]) -> None:
+        """Run a twin of the program that reads codes in the layout `int4pack` of this machine.
 
-        ``executed`` holds them under the names that the plain ones have. These are given up: what
-        leaves the module (`current_program`, ``state_dict``) is plain again.
+        ``executed`` holds them under the names ``laid``, which the plain ones have. These are given
+        up: what leaves the module (`current_program`) is plain again.
         """
         for name in {*executed.state} - {*self.program.state}:
             holder, leaf = _holder(self, name)
@@ -159,16 +156,16 @@ class OptimizedModule(nn.Module):
             holder, leaf = _holder(self, name)
             holder._buffers[leaf] = executed.state[name]
             self.program.state[name] = executed.state[name].to("meta")
-        self._laid, self._graph = dict(laid), _Graph(executed)
-        self._register_state_dict_hook(_plain_codes)
-        self.register_load_state_dict_pre_hook(_laid_out_codes)
+        self._laid, self._graph = frozenset(laid), _Graph(executed)
 
     def current_program(self) -> Program:
         """The program over the tensors the module holds now, in the layouts that files have."""
+        from graphopt.kernels.quantized.int4pack import unpack
+
         twin = self.program.copy()
         for name in twin.state:
             held = _get(self, name)
-            twin.state[name] = self._laid[name].plain(held) if name in self._laid else held
+            twin.state[name] = unpack(held) if name in self._laid else held
         return twin
 
     def train(self, mode: bool = True) -> OptimizedModule:
@@ -213,23 +210,6 @@ class OptimizedModule(nn.Module):
     def extra_repr(self) -> str:
         kept = len(self.report.applied)
         return f"{self.program.name}: {kept} rewrites, verified={self.report.verified}"
-
-
-def _plain_codes(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Of a ``state_dict``: codes as every machine reads them."""
-    for name, laid in module._laid.items():
-        if prefix + name in state:
-            state[prefix + name] = laid.plain(state[prefix + name])
-
-
-def _laid_out_codes(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Of a ``state_dict`` that is loaded: codes as this machine reads them."""
-    for name, laid in module._laid.items():
-        if prefix + name in state:
-            named = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            tensors = laid.tensors(named[name], lambda n: named.get(n, _get(module, n)))
-            state[prefix + name] = tensors["codes"]
-            _get(module, laid.pairs).copy_(tensors["scales"])
 
 
 def _unpickled(data: bytes) -> OptimizedModule:

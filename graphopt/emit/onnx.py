@@ -15,6 +15,7 @@ from graphopt.emit.module import OptimizedModule
 from graphopt.emit.onnx_axes import name_axes
 from graphopt.emit.onnx_quantized import Lowering, calls_of, lower
 from graphopt.emit.onnx_runtime import compare_with_runtime, feed_of, open_session, require
+from graphopt.emit.onnx_spelled import spelled_for_runtime
 from graphopt.emit.onnx_translate import fuse_for_runtime, input_names, output_names, translate
 from graphopt.emit.onnx_variants import separate_projections
 from graphopt.emit.unchunked import unchunked
@@ -203,7 +204,7 @@ def _exportable(module: OptimizedModule) -> Program:
         )
     program = module.current_program()
     check_program(program)
-    return unchunked(program)
+    return spelled_for_runtime(unchunked(program))
 
 
 def check_program(program: Program) -> None:

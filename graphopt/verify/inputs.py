@@ -44,7 +44,7 @@ def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = No
 
     Floating values follow the example's mean and deviation, or a deviation of the mean's size (at
     least 1) where the example is constant: zeros and ones would not tell operators apart. Integers
-    and booleans are drawn from the example's own values, so indices stay valid and masks masks. Keys
+    and booleans are drawn from the values of the example: indices stay valid and masks masks. Keys
     and values of a cache are those of positions drawn from the example's: what attends to noise
     answers noise, on which no approximation can be judged.
 
@@ -53,7 +53,7 @@ def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = No
     """
     generator = torch.Generator().manual_seed(SEED + sum((sizes or {}).values()))
     known = {**symbols_of(program), **(sizes or {})}
-    kept = _cached(program)
+    kept = cached_inputs(program)
     pairs = zip(program.user_inputs(), program.example_inputs, strict=True)
     return [
         (_positions if index in kept else _fresh)(val(node), example, known, generator)
@@ -61,7 +61,7 @@ def fresh_inputs(program: Program, sizes: Mapping[sympy.Symbol, int] | None = No
     ]
 
 
-def _cached(program: Program) -> set[int]:
+def cached_inputs(program: Program) -> set[int]:
     """Flat user inputs that are tensors ``(B, H, S, D)`` of a cache."""
     if program.call is None:
         return set()
