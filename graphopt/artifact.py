@@ -84,24 +84,33 @@ def _write(exported: ExportedProgram, path: Path, text: str, where: str) -> None
         ) from error
 
 
-def load(path: str | Path) -> OptimizedModule:
+def load(path: str | Path, *, target: str = "torch") -> OptimizedModule:
     """Load what `save` wrote (or any plain ``.pt2``), after the archive was scanned.
 
     The module is called like the one that was saved, and refuses what that one refused.
 
+    Args:
+        target: ``"torch"``, or ``"inductor"`` to hand its graph on to Inductor.
+
     Raises:
         LoadError: the file is unsafe, damaged, or not an exported program.
+        RecipeError: there is no such target.
     """
+    from graphopt.emit.laid_out import lay_out
     from graphopt.loading import load_model
+    from graphopt.recipe import Options
 
+    options = Options(target=target)
     loaded = load_model(path)
     program = program_of(loaded)
     report = _facts(loaded).report
     report = Report(program.name) if report is None else Report.from_dict(report)
-    from graphopt.emit.laid_out import lay_out
-
     module = OptimizedModule(program, report)
-    lay_out(module)
+    executed = lay_out(module)
+    if options.target == "inductor":
+        from graphopt.emit.inductor import to_inductor
+
+        to_inductor(module, program, options, executed)
     return module
 
 

@@ -27,6 +27,10 @@ from graphopt.verify.trials import hold
 if TYPE_CHECKING:
     from graphopt.recipe import Options
 
+NOTE = (
+    "of 4 bits are held as this machine's kernel reads them, which multiplies in bfloat16 (in this "
+    "process; a file holds them plain)"
+)
 TOLERANCE = 0.05
 """Relative RMS that outputs may be off by from those of the plain layout: activations and scales
 are rounded to bfloat16 on the way, which costs each product 2**-9."""
@@ -36,13 +40,14 @@ def lay_out(module: OptimizedModule, options: Options | None = None) -> Program 
     """Let a module hold its weights as this CPU reads them, where that is faster here.
 
     Args:
-        options: of the compilation; without them (a file was loaded) what it gives is not compared
-            with what the plain layout gives.
+        options: of the compilation; without them (a file was loaded) it is done where it was done
+            before the file was written, and what it gives is not compared with the plain layout.
 
     Returns:
         the program that runs from now on, or None where nothing was changed.
     """
-    if options is not None and not options.measure:
+    noted = any(NOTE in note for note in module.report.notes)
+    if not (noted if options is None else options.measure):
         return None
     twin, laid = laid_out(module.program)
     if not laid:
@@ -57,12 +62,8 @@ def lay_out(module: OptimizedModule, options: Options | None = None) -> Program 
             return None
     module.lay_out(twin, laid)
     module.add_fast_path(quick(fx.GraphModule(twin.graph_module, twin.graph)))
-    note = (
-        f"{len(laid)} weights of 4 bits are held as this machine's kernel reads them, which "
-        "multiplies in bfloat16 (in this process; a file holds them plain)"
-    )
-    if note not in module.report.notes:
-        module.report.notes.append(note)
+    if not noted:
+        module.report.notes.append(f"{len(laid)} weights {NOTE}")
     return twin
 
 

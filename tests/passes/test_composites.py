@@ -47,8 +47,8 @@ def _only(program, target):
 @pytest.mark.parametrize(
     ("name", "counts"),
     [
-        ("llama", {"RecognizeRMSNorm": 5}),
-        _long("gemma", {"RecognizeRMSNorm": 5}),
+        ("llama", {"RecognizeRMSNorm": 5, "ShareGroupedHeads": 2}),
+        _long("gemma", {"RecognizeRMSNorm": 5, "ShareGroupedHeads": 2}),
         _long("t5", {"RecognizeRMSNorm": 12}),
         ("gpt2", {"RecognizeGelu": 2}),
         ("bloom", {"RecognizeAttention": 2, "RecognizeGelu": 2}),
