@@ -23,6 +23,7 @@ NAMES = (
     "loss_heads",
     "loss_heads_gpu",
     "quantized_minilm",
+    "quantized_smollm2",
     "quantized_quality",
     "quantized_gpu",
 )
