@@ -11,6 +11,7 @@ from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside
 from graphopt.passes.quantize.budget import check_budget
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
+from graphopt.passes.quantize.importance import KINDS
 from graphopt.passes.quantize.layers import Kind, Layers, checked
 from graphopt.passes.quantize.methods import Methods, learning_refusal, methods
 from graphopt.passes.quantize.names import Scope, Skip
@@ -69,6 +70,10 @@ class QuantizeMatmul(Pass):
             ``"propagate"`` moves each weight, before gptq rounds it, to what gives on the inputs
             that quantized layers before it leave what the weight gave on those of the float model
             (Arai & Ichikawa 2025, QEP), as far as that is seen to hold on other inputs.
+        importance: what rows of calibration inputs count by, where a method weighs errors by the
+            second moment of inputs (Sung et al. 2025, RSQ): ``"attention"``, how much attention
+            their tokens get; ``"norm"``, their own length. Default: all count the same, as they do
+            at products whose rows are no tokens that an attention looks at (the report says so).
         steps: of ``"learned"``, for the codes and for the scales of a block each; default 100.
         outliers: how much of each weight ``"outliers"`` keeps: a share (0.01 if not given) or, from
             1 up, a count. Numbers that spikes of activations hang on (super weights, Yu et al.
@@ -104,6 +109,7 @@ class QuantizeMatmul(Pass):
     outliers: float | None = None
     outlier_kind: Literal["columns", "numbers"] = "columns"
     rank: int | None = None
+    importance: Literal["attention", "norm"] | None = None
     steps: int | None = None
     embeddings: bool = False
     head: bool = False
@@ -138,6 +144,7 @@ class QuantizeMatmul(Pass):
             raise ValueError("method hqq optimises zero points: give symmetric=False, dtype='int'")
 
         self._check_beside()
+        self._check_importance()
         object.__setattr__(self, "layers", checked(self.layers))
         for one in self.each:
             one.formats.kinds  # noqa: B018 - whether fields of layers go together
@@ -153,6 +160,16 @@ class QuantizeMatmul(Pass):
             raise ValueError("rank is an option of method='lowrank'")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank} is not 1 or more")
+
+    def _check_importance(self) -> None:
+        """It weighs second moments, which not every method looks at."""
+        if self.importance not in (None, *KINDS):
+            raise ValueError(f"importance={self.importance!r:.80} is not {' or '.join(KINDS)}")
+        if self.importance is not None and not self._methods.weighs:
+            raise ValueError(
+                "importance weighs rows for methods gptq, awq, learned, outliers and lowrank: "
+                f"method={self.method!r} has none of them"
+            )
 
     @property
     def _methods(self) -> Methods:
@@ -198,6 +215,7 @@ class QuantizeMatmul(Pass):
             steps=self.steps or Settings.steps,
             tolerance=self.tolerance,
             layers=self.formats if self.layers else None,
+            importance=self.importance,
         )
 
     @property

@@ -43,7 +43,7 @@ class BlockCalibration(Calibration):
         super().__init__(program, matches, samples, settings)
         self.segments = segments(program.graph, self.weight_of)
         outputs = [n for segment in self.segments for n in segment.outputs]
-        self.observed = Observed(program, samples, self.weight_of, outputs)
+        self.observed = Observed(program, samples, self.weight_of, outputs, settings.importance)
         self.original = Stream(program, samples, [*self.weight_of, *outputs], outputs)
         if self.propagation is not None:
             self.propagation = Propagation(self.original)

@@ -62,7 +62,7 @@ class ScaleBeforeQuantizing(Stage):
             require_samples(samples, (self.method,), self.name)
         reached = {n for match in matches for n in match.roots}
         stopped = frozenset(map(key_of, quantized - reached.union(*refused.values())))
-        observed = Observed(program, samples, reached)
+        observed = Observed(program, samples, reached, importance=self.settings.importance)
         found: dict[str, Tensor | None] = dict.fromkeys(map(key_of, refused))
         while observed.left:
             observed.next()

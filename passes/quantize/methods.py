@@ -48,6 +48,12 @@ class Methods(NamedTuple):
         names = (self.scaling, self.rounding, propagating, self.tuning)
         return tuple(n for n in names if n in CALIBRATED)
 
+    @property
+    def weighs(self) -> bool:
+        """Whether anything of this looks at second moments of inputs."""
+        moments = self.rounding == "gptq" or self.scaling == "awq"
+        return moments or bool(self.beside) or self.tuning is not None
+
 
 def methods(given: str | Sequence[str]) -> Methods:
     """From ``"gptq"``, ``"awq+gptq"`` or a sequence of names.

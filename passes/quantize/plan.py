@@ -19,6 +19,7 @@ from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside, Seen, Split, split
 from graphopt.kernels.quantized.weight import QuantizedWeight
 from graphopt.passes.quantize import remainder
+from graphopt.passes.quantize.importance import Kind as Importance
 from graphopt.passes.quantize.layers import Kind, Layers
 from graphopt.passes.quantize.methods import Methods
 from graphopt.passes.quantize.observed import Observed
@@ -78,8 +79,8 @@ def calibrate(
 @dataclass(frozen=True)
 class Settings:
     """Scheme of the weights, how they get there, whether activations are quantized too, what stands
-    beside codes, the error that is allowed, the steps in which blocks learn, and weights whose
-    format differs."""
+    beside codes, the error that is allowed, the steps in which blocks learn, weights whose format
+    differs, and what rows count by in second moments."""
 
     scheme: Scheme
     methods: Methods
@@ -88,6 +89,7 @@ class Settings:
     tolerance: float | None = None
     steps: int = 100
     layers: Layers | None = None
+    importance: Importance | None = None
 
     @property
     def kind(self) -> Kind:
@@ -149,7 +151,7 @@ class Calibration:
         self.program, self.settings = program, settings
         self.looked_up = {m["weight"] for m in matches if len(products_of(m)) < len(m.nodes)}
         self.weight_of = {node: m["weight"] for m in matches for node in products_of(m)}
-        self.observed = Observed(program, samples, self.weight_of)
+        self.observed = Observed(program, samples, self.weight_of, importance=settings.importance)
         self.propagation: Propagation | None = None
         if settings.methods.propagates:
             self.propagation = Propagation.of(program, samples, self.weight_of)
@@ -227,6 +229,7 @@ class Calibration:
         if seen is None and not self.blind:
             none = f"`{name}` saw no calibration rows: it is rounded to nearest"
             note = f"{none}; {note}" if note else none
+        note = "; ".join(filter(None, (note, self._unweighted(weight))))
         self.made[name] = found
         if note:
             self.notes[name] = note
@@ -240,6 +243,12 @@ class Calibration:
         return self.propagation.served(
             tensor, [n for n, w in self.weight_of.items() if w is weight]
         )
+
+    def _unweighted(self, weight: fx.Node) -> str:
+        """Why rows count the same, where they should not."""
+        unknown = self.observed.importance.unknown
+        found = (unknown.get(n) for n, w in self.weight_of.items() if w is weight)
+        return next(filter(None, found), "")
 
 
 def products_of(match: Match) -> list[fx.Node]:
