@@ -115,7 +115,7 @@ class BlockCalibration(Calibration):
 
     def _own(self, weight: fx.Node, segment: Segment) -> bool:
         """Whether a weight is learned with a part: it is read nowhere else, and rows were seen."""
-        if self._name(weight) in self.notes:
+        if self._name(weight) in self.unseen:
             return False
         if all(n in segment.nodes for n, w in self.weight_of.items() if w is weight):
             return True
@@ -152,7 +152,8 @@ class BlockCalibration(Calibration):
         return self.program.target_of(weight) or weight.name
 
     def _note(self, weights: Sequence[fx.Node] | Mapping[fx.Node, Any], text: str) -> None:
-        self.notes |= {self._name(weight): text for weight in weights}
+        for name in map(self._name, weights):
+            self.notes[name] = "; ".join(filter(None, (self.notes.get(name), text)))
 
 
 def _told(before: float, after: float) -> str:

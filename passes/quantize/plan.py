@@ -158,6 +158,7 @@ class Calibration:
         self.blind = not samples
         self.made: dict[str, Split] = {}
         self.notes: dict[str, str] = {}
+        self.unseen: set[str] = set()
 
     def run(self, progress: Progress) -> Plan:
         weights = dict.fromkeys(self.weight_of.values())
@@ -227,6 +228,7 @@ class Calibration:
         found, note = made(tensor, self.at(weight), seen, looked_up=looked_up)
         note = "; ".join(filter(None, (moved, note)))
         if seen is None and not self.blind:
+            self.unseen.add(name)
             none = f"`{name}` saw no calibration rows: it is rounded to nearest"
             note = f"{none}; {note}" if note else none
         note = "; ".join(filter(None, (note, self._unweighted(weight))))

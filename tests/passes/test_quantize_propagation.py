@@ -74,10 +74,9 @@ def test_it_is_nearer_than_gptq_alone(method: str) -> None:
     alone = quantized(method="gptq", calibration=calibration, **options)
     moved = quantized(method=method, calibration=calibration, **options)
     assert error(moved) < 0.98 * error(alone)
-    notes = [n for n in moved.report.quantization.notes if "makes good" in n]
-    assert notes or "learned" in method
-    again = quantized(method=method, calibration=calibration, **options)
-    assert error(again) == error(moved)
+    told = "before it was learned" if "learned" in method else "makes good"
+    notes = moved.report.quantization.notes
+    assert any("makes good" in note and told in note for note in notes)
 
 
 def test_it_goes_with_gptq() -> None:
