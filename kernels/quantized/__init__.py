@@ -28,6 +28,8 @@ What emission may rely on:
   sizes first. A first call compiles and chooses tiles, which can take a minute.
 * Paths hold to `definition` within the rounding of the input's dtype; ``"int4pack"`` also rounds
   scales to bfloat16. Integer products are exact on all of them (`integers`).
+* Static activations (`static`) are quantized by a scale and a zero point that are numbers of the
+  call, ``input_scale`` and ``input_zero``; `activation_ranges` finds them.
 * The result has the dtype of the input, under autocast that of autocast. Gradients are those of the
   product with the dequantized weight; the stored tensors have none, and asking for one is an error.
 """
@@ -44,6 +46,7 @@ from graphopt.kernels.quantized.integers import is_exact
 from graphopt.kernels.quantized.paths import PATHS, Path
 from graphopt.kernels.quantized.rounding import find_scales, quantize
 from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.static import Static
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "Path",
     "QuantizedWeight",
     "Scheme",
+    "Static",
     "choose_layout",
     "chosen",
     "conv",

@@ -1,7 +1,7 @@
 """The operators under autograd and autocast, and calls of them with a `QuantizedWeight`.
 
-The gradient of ``quantized_linear`` is that of a product with the dequantized weight, for dynamic
-activations too (rounding is passed straight through); its own derivative is the same product, so
+The gradient of ``quantized_linear`` is that of a product with the dequantized weight, for quantized
+activations too (rounding, and the ends of a static range, are passed straight through); its own derivative is the same product, so
 that second derivatives are those of the product. Stored tensors have no gradient: asking for one
 is an error.
 """
@@ -19,16 +19,22 @@ from graphopt.kernels.quantized.operator import (
     quantized_linear_backward,
 )
 from graphopt.kernels.quantized.registration import autocast, differentiate
+from graphopt.kernels.quantized.static import Static
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 
 def linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activations: str = "none"
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    activations: str = "none",
+    static: Static | None = None,
 ) -> Tensor:
     """``x @ W.T + bias``: ``(..., K)`` to ``(..., N)`` in the dtype of x.
 
     Args:
-        activations: ``"none"`` or ``"dynamic"``, which rounds each row of x to 8 bits.
+        activations: ``"none"``; ``"dynamic"``, which rounds each row of x to 8 bits; or
+            ``"static"``, which rounds x by ``static``.
 
     Raises:
         ValueError: shapes do not fit, or the scheme has no such activations.
@@ -39,6 +45,7 @@ def linear(
         bias,
         *weight.scheme.arguments,
         activations,
+        *(() if static is None else ("plain", *static)),
     )
 
 

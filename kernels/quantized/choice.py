@@ -23,6 +23,7 @@ from graphopt.kernels.quantized.gpu_timing import device_quartiles
 from graphopt.kernels.quantized.paths import PATHS, Path, Stored, Weight, is_tried, paths_for
 from graphopt.kernels.quantized.rounding import quantize
 from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.static import Static
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 _ROUNDS, _SECONDS = 7, 0.2
@@ -48,7 +49,7 @@ def chosen() -> dict[tuple[Case, int, int], str]:
     return {kind: path.name for kind, path in _chosen.items()}
 
 
-def choose(case: Case, x: Tensor, weight: Weight) -> Path:
+def choose(case: Case, x: Tensor, weight: Weight, *static: Static) -> Path:
     """The path for a call with rows ``x (M, K)``."""
     can = paths_for(case)
     fixed = [path for path in can if path.name == _fixed.get()]
@@ -59,18 +60,18 @@ def choose(case: Case, x: Tensor, weight: Weight) -> Path:
         if case.is_captured:
             return _unmeasured(can, len(x))
         on_gpu = case.device == "cuda"
-        can, measure = (_able(can, x, weight), device_quartiles) if on_gpu else (can, quartiles)
-        times = measure([partial(path.run, x, weight, None) for path in can])
+        can, measure = (_able(can, x, weight, *static), device_quartiles) if on_gpu else (can, quartiles)
+        times = measure([partial(path.run, x, weight, None, *static) for path in can])
         _chosen[kind] = can[times.index(min(times))]
     return _chosen[kind]
 
 
-def _able(can: list[Path], x: Tensor, weight: Weight) -> list[Path]:
+def _able(can: list[Path], x: Tensor, weight: Weight, *static: Static) -> list[Path]:
     """The definition, and what runs these sizes too: tiles for them may not compile, or not fit."""
     able = can[:1]
     for path in can[1:]:
         try:
-            path.run(x, weight, None)
+            path.run(x, weight, None, *static)
             able.append(path)
         except Exception as error:  # whatever it is, something else runs instead
             warnings.warn(

@@ -2,7 +2,7 @@
 
 ``x (B, C, *sizes)`` to ``(B, N, *places)``. The weight ``(N, C / groups, *kernel)`` is stored as a
 matrix whose rows count channels last: ``(N, prod(kernel) * C / groups)``. Its gradient is that of
-the convolution with the dequantized weight, for dynamic activations too.
+the convolution with the dequantized weight, for quantized activations too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from graphopt.kernels.quantized.conv_paths import Case, Window, choose, numbers
 from graphopt.kernels.quantized.operator import check_call
 from graphopt.kernels.quantized.registration import (
     SCHEME,
+    STATIC,
     WEIGHT,
     autocast,
     differentiate,
     register,
 )
 from graphopt.kernels.quantized.scheme import Scheme
+from graphopt.kernels.quantized.static import Static, read
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
@@ -39,12 +41,14 @@ def conv(
     dilation: Sequence[int],
     groups: int = 1,
     activations: str = "none",
+    static: Static | None = None,
 ) -> Tensor:
     """``x (B, C, *sizes)`` to ``(B, N, *places)`` in the dtype of x.
 
     Args:
         weight: ``(N, prod(kernel) * C / groups)``, channels last in a row.
-        activations: ``"none"``, or ``"dynamic"``, which rounds each sample of x to 8 bits.
+        activations: ``"none"``; ``"dynamic"``, which rounds each sample of x to 8 bits; or
+            ``"static"``, which rounds x by ``static``.
 
     Raises:
         ValueError: shapes do not fit, or the scheme has no such activations.
@@ -60,6 +64,7 @@ def conv(
         groups,
         *weight.scheme.arguments,
         activations,
+        *(static or ()),
     )
 
 
@@ -87,12 +92,21 @@ def _read(
 
 def _conv(input: Tensor, *call: Any) -> Tensor:
     weight, window = _read(input, call[:4], call[5:14])
-    check_call(input, call[4], weight.shape[0], weight.scheme, call[14])
+    static = _checked(input, weight, call)
     device, sizes = input.device.type, tuple(input.shape)
     case = Case(weight.scheme, call[14], input.dtype, device, window, weight.shape[0], sizes)
     with torch.no_grad():
-        made = choose(case, input, weight)(input, weight, call[4], window)
+        made = choose(case, input, weight, *static)(input, weight, call[4], window, *static)
     return made.contiguous(memory_format=_format(input))
+
+
+def _checked(
+    x: Tensor, weight: QuantizedWeight, call: Sequence[Any]
+) -> tuple[()] | tuple[Static]:
+    """What static activations are quantized by, if they are."""
+    check_call(x, call[4], weight.shape[0], weight.scheme, call[14])
+    static = read(*call[14:])
+    return () if static is None else (static,)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -104,7 +118,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 def _fake(input: Tensor, *call: Any) -> Tensor:
     weight, window = _read(input, call[:4], call[5:14])
-    check_call(input, call[4], weight.shape[0], weight.scheme, call[14])
+    _checked(input, weight, call)
     shape = (input.shape[0], weight.shape[0], *window.places(tuple(input.shape[2:])))
     return input.new_empty(shape).contiguous(memory_format=_format(input))
 
@@ -129,8 +143,8 @@ def _fake_backward(grad: Tensor, *call: Any) -> Tensor:
 
 
 quantized_conv = register(
-    f"quantized_conv(Tensor input, {WEIGHT}, Tensor? bias, {_WINDOW}, {SCHEME}, str activations)"
-    " -> Tensor",
+    f"quantized_conv(Tensor input, {WEIGHT}, Tensor? bias, {_WINDOW}, {SCHEME}, str activations, "
+    f"{STATIC}) -> Tensor",
     _conv,
     _fake,
 )
@@ -145,7 +159,7 @@ quantized_conv_backward = register(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, *stored, bias = inputs[:6]
     ctx.save_for_backward(*stored)
-    ctx.shape, ctx.settings = x.shape, inputs[6:15]
+    ctx.shape, ctx.settings, ctx.count = x.shape, inputs[6:15], len(inputs)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -155,7 +169,7 @@ def _differentiated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_input = quantized_conv_backward(grad, *ctx.saved_tensors, ctx.shape, *ctx.settings)
     if ctx.needs_input_grad[5]:
         d_bias = grad.transpose(0, 1).flatten(1).sum(1).to(ctx.bias_dtype)
-    return d_input, None, None, None, None, d_bias, *[None] * 10
+    return d_input, None, None, None, None, d_bias, *[None] * (ctx.count - 6)
 
 
 def _setup_again(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -26,7 +26,7 @@ from graphopt.kernels.quantized.weight import QuantizedWeight
 
 _PIECE = 1 << 21
 """Numbers of a weight that are held at once, dequantized."""
-_HELD = 1 << 24
+HELD = 1 << 24
 """Numbers of a result that are held at once as integers: in smaller pieces the product is slower,
 which costs more than rescaling them in cache saves (1.6 times the whole for K = 1536, N = 384)."""
 
@@ -35,7 +35,7 @@ def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     """``x (M, K)`` to ``(M, N)`` in the dtype of x."""
     made = x.new_empty((x.shape[0], weight.shape[0]))
     bias = None if bias is None else bias.to(x.dtype)
-    for rows, part in _pieces(weight, weight.width, _PIECE):
+    for rows, part in pieces(weight, weight.width, _PIECE):
         numbers = part.dequantize(x.dtype)
         made[:, rows] = F.linear(x, numbers, None if bias is None else bias[rows])
     return made
@@ -45,7 +45,7 @@ def input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
     """``grad (M, N) @ W``, ``(M, K)``, summed in float32 or float64."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     made = grad.new_zeros((grad.shape[0], weight.width), dtype=wide)
-    for rows, part in _pieces(weight, weight.width, _PIECE):
+    for rows, part in pieces(weight, weight.width, _PIECE):
         made += grad[:, rows] @ part.dequantize(grad.dtype)
     return made.to(grad.dtype)
 
@@ -56,7 +56,7 @@ def embedding(indices: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> T
     return chosen.view(*indices.shape, weight.width)
 
 
-def _pieces(
+def pieces(
     weight: QuantizedWeight, width: int, numbers: int
 ) -> Iterator[tuple[slice, QuantizedWeight]]:
     """Some output channels at a time, of ``width`` numbers each."""
@@ -72,7 +72,7 @@ def dynamic(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(scale.dtype)
     multiply = _float8_products if weight.scheme.dtype == "fp8" else integer_products
     held = max(len(x), 0 if weight.codes.dtype == torch.int8 else weight.width, 1)
-    for rows, piece in _pieces(weight, held, _HELD):
+    for rows, piece in pieces(weight, held, HELD):
         part = multiply(q, piece, scale.dtype)
         if bias is None:
             torch.mul(part, scale, out=made[:, rows])

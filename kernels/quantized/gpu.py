@@ -79,6 +79,10 @@ def _multiplies(case: Case) -> bool:
     return _fits(case, "dynamic") and (case.scheme.group_size or 0) % 32 == 0
 
 
+def _multiplies_static(case: Case) -> bool:
+    return _fits(case, "static") and (case.scheme.group_size or 0) % 32 == 0
+
+
 def _torch_multiplies(case: Case) -> bool:
     even = case.inputs % 8 == 0 and case.outputs % 8 == 0
     return _fits(case, "dynamic") and case.scheme == Scheme(8) and even
@@ -93,6 +97,7 @@ _FITS: dict[str, Callable[[Case], bool]] = {
     "weight_only": _reads,
     "dequantized": _reads,
     "dynamic_rows": _multiplies,
+    "static_rows": _multiplies_static,
     "by_int_mm": _torch_multiplies,
     "by_scaled_mm": _torch_scales,
 }

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized import gpu, integers, paths
+from graphopt.kernels.quantized import gpu, integers, paths, static
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.choice import choose
 from graphopt.kernels.quantized.int4pack import refusal
-from graphopt.kernels.quantized.registration import SCHEME, WEIGHT, register
+from graphopt.kernels.quantized.registration import SCHEME, STATIC, WEIGHT, register
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
-ACTIVATIONS = ("none", "dynamic")
+ACTIVATIONS = ("none", "dynamic", "static")
 LAYOUTS = ("plain", "int4pack")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -61,8 +61,9 @@ def check_call(
         raise ValueError(f"activations {activations!r} are not one of {', '.join(ACTIVATIONS)}")
     if activations == "none":
         return
-    if scheme.dtype not in ("int", "fp8"):
-        raise ValueError(f"{scheme.dtype} has no dynamic activations: dtype int and fp8 have")
+    if scheme.dtype not in (("int", "fp8") if activations == "dynamic" else ("int",)):
+        can = "dtype int and fp8 have" if activations == "dynamic" else "dtype int has"
+        raise ValueError(f"{scheme.dtype} has no {activations} activations: {can}")
     if scheme.dtype == "int" and x.shape[-1] > integers.LONGEST:
         raise ValueError(
             f"K = {x.shape[-1]}: sums of products of 8 bits fit 32 up to {integers.LONGEST}; "
@@ -83,14 +84,18 @@ def _linear(
     symmetric: bool,
     activations: str,
     layout: str = "plain",
+    input_scale: float | None = None,
+    input_zero: int = static.MIDDLE,
 ) -> Tensor:
     width, scheme = _width(input), Scheme(bits, dtype, group_size, symmetric)
     weight = _weight(codes, scales, zeros, tensor_scale, width, scheme, layout)
     check_call(input, bias, codes.shape[0], scheme, activations)
+    ahead = static.read(activations, input_scale, input_zero)
+    extra = () if ahead is None else (ahead,)
     case = Case(scheme, layout, activations, input.dtype, input.device.type, codes.shape[0], width)
     with torch.no_grad(), gpu.on(input):
         rows = input.reshape(-1, width)
-        made = choose(case, rows, weight).run(rows, weight, bias)
+        made = choose(case, rows, weight, *extra).run(rows, weight, bias, *extra)
     return made.view(*input.shape[:-1], codes.shape[0])
 
 
@@ -154,10 +159,13 @@ def _fake_linear(
     symmetric: bool,
     activations: str,
     layout: str = "plain",
+    input_scale: float | None = None,
+    input_zero: int = static.MIDDLE,
 ) -> Tensor:
     width, scheme = _width(input), Scheme(bits, dtype, group_size, symmetric)
     _weight(codes, scales, zeros, tensor_scale, width, scheme, layout)
     check_call(input, bias, codes.shape[0], scheme, activations)
+    static.read(activations, input_scale, input_zero)
     return input.new_empty((*input.shape[:-1], codes.shape[0]))
 
 
@@ -171,7 +179,7 @@ def _fake_embedding(indices: Tensor, codes: Tensor, *others: object) -> Tensor:
 
 quantized_linear = register(
     f"quantized_linear(Tensor input, {WEIGHT}, Tensor? bias, {SCHEME}, str activations, "
-    'str layout="plain") -> Tensor',
+    f'str layout="plain", {STATIC}) -> Tensor',
     _linear,
     _fake_linear,
 )

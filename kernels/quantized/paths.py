@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized import definition, gpu, int4pack
+from graphopt.kernels.quantized import definition, gpu, int4pack, static
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
@@ -39,14 +39,14 @@ class Path(NamedTuple):
         layout: what it reads.
         takes: whether it can run a case.
         run: ``x (M, K)``, the weight, a `QuantizedWeight` or a `Stored` as the layout has it, and
-            the bias; gives ``(M, N)`` in the dtype of x.
+            the bias; a `Static` where activations are static; gives ``(M, N)`` in the dtype of x.
         prepare: the tensors of the layout from a plain weight, by the operator's names for them.
     """
 
     name: str
     layout: str
     takes: Callable[[Case], bool]
-    run: Callable[[Tensor, Any, Tensor | None], Tensor]
+    run: Callable[..., Tensor]
     prepare: Callable[[QuantizedWeight], dict[str, Tensor]]
 
 
@@ -60,6 +60,10 @@ def _is_weight_only(case: Case) -> bool:
 
 def _is_dynamic(case: Case) -> bool:
     return case.activations == "dynamic"
+
+
+def _is_static(case: Case) -> bool:
+    return case.activations == "static"
 
 
 def _int8pack_takes(case: Case) -> bool:
@@ -105,6 +109,7 @@ def _by_gpu(name: str) -> Path:
 PATHS = (
     Path("definition", "plain", _is_weight_only, definition.weight_only, _plain),
     Path("dynamic", "plain", _is_dynamic, definition.dynamic, _plain),
+    Path("static", "plain", _is_static, static.product, _plain),
     Path("int8pack", "plain", _int8pack_takes, _int8pack, _plain),
     Path("int4pack", "int4pack", _int4pack_takes, _int4pack, int4pack.prepare),
     Path("unpacked", "int4pack", _unpacked_takes, _unpacked, int4pack.prepare),

@@ -16,6 +16,8 @@ from graphopt.kernels.quantized.weight import OPERANDS
 
 WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? tensor_scale"
 SCHEME = "int bits, str dtype, int? group_size, bool symmetric"
+STATIC = "float? input_scale=None, int input_zero=128"
+"""The fields of a `Static`, for ``activations="static"`` alone."""
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.kernels.quantized import definition
+from graphopt.kernels.quantized import definition, static
 from graphopt.kernels.quantized.cases import Case
 from graphopt.kernels.quantized.rounding import quantize
 from graphopt.kernels.quantized.scheme import Scheme
@@ -24,6 +24,9 @@ from graphopt.kernels.quantized.weight import QuantizedWeight
 
 LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 """Relative errors that a path may have, in the Frobenius norm: those of the dtype's rounding."""
+STATIC = static.Static(0.0234375, 101)
+"""By what static activations are quantized in a trial: numbers of a normal distribution saturate at
+either end."""
 _TF32 = 1e-3
 _OUTPUTS = 80
 Run = Callable[..., Any]
@@ -66,8 +69,9 @@ def failure(name: str, run: Run, case: Case, device: torch.device) -> str | None
         for rows in (3, 70):
             x, bias = _random(rows, width).to(case.dtype), _random(_OUTPUTS).to(case.dtype)
             wanted = wide_product(x, weight, bias, case.activations)
+            extra = (STATIC,) if case.activations == "static" else ()
             try:
-                found = run(name, x.to(device), there, bias.to(device)).cpu()
+                found = run(name, x.to(device), there, bias.to(device), *extra).cpu()
             except Exception as error:  # whatever it is, something else runs instead
                 return f"{type(error).__name__}: {error}"[:300]
             off = float((found.double() - wanted).norm() / wanted.norm())
@@ -85,8 +89,11 @@ def trial_width(scheme: Scheme) -> int:
 def wide_product(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activations: str
 ) -> Tensor:
-    """What the definition means, in float64, rows of x quantized in float32."""
+    """What the definition means, in float64, rows of x quantized in float32, or by `STATIC`."""
     added = 0.0 if bias is None else bias.double()
+    if activations == "static":
+        numbers = static.quantized(x, STATIC).sub_(STATIC.signed).double() * STATIC.scale
+        return numbers @ weight.dequantize(torch.float64).t() + added
     if activations == "dynamic":
         return definition.dynamic(x.float(), weight, None).double() + added
     return x.double() @ weight.dequantize(torch.float64).t() + added

@@ -53,6 +53,26 @@ def quantize_rows(x, q, scales, inputs, x_row, FLOAT: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def quantize_static(x, q, scales, inputs, x_row, scale, zero, BLOCK: tl.constexpr):
+    """Codes ``q (M, K)`` less 128 of ``x (M, K)``, by one scale and a zero point of signed codes;
+    scales ``(M,)`` are it, and NaN for rows that hold NaN or infinity.
+
+    One program a row, as `quantize_rows`, but each number is read once.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    odd = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, inputs, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        v = tl.load(x + row * x_row + k, mask=k < inputs, other=0.0).to(tl.float32)
+        odd += v * 0.0
+        v = tl.div_rn(v, tl.full((BLOCK,), 1.0, tl.float32) * scale)
+        v = tl.where(v == v, tl.clamp(v, -512.0, 512.0), 0.0)
+        code = tl.clamp(_nearest(v, 1.0) + zero, -128.0, 127.0).to(tl.int8)
+        tl.store(q + row * inputs + k, code, mask=k < inputs)
+    tl.store(scales + row, tl.sum(odd, 0) + scale)
+
+
+@triton.jit
 def _nearest(v, step):
     """The nearest multiple of a power of two, even ones at ties: sums from ``2**23`` on have no
     fractions. (Conversions to E4M3 round one way under the interpreter, another on a GPU.)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphopt.kernels.quantized.gpu import on
-from graphopt.kernels.quantized.triton_dynamic import dynamic, quantize_rows, rescale
+from graphopt.kernels.quantized.triton_dynamic import dynamic, quantize_rows, quantize_static, rescale
 from graphopt.kernels.quantized.triton_numbers import (
     dequantized,
     input_gradient,
@@ -20,6 +20,7 @@ from graphopt.kernels.quantized.triton_numbers import (
 )
 from graphopt.kernels.quantized.triton_weight_only import add_spans
 from graphopt.kernels.quantized.triton_weight_only import weight_only as _weight_only
+from graphopt.kernels.quantized.static import Static
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "input_gradient",
     "numbers",
     "rows_quantized",
+    "static_rows",
     "weight_only",
 ]
 
@@ -66,8 +68,46 @@ def weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
 
 def dynamic_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The same with rows of x quantized; formats ``int`` and ``fp8``."""
+    return _rescaled(x, *rows_quantized(x, weight.scheme.dtype), weight, bias)
+
+
+def static_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, given: Static) -> Tensor:
+    """The same with x quantized by one scale and a zero point, whose part the bias takes in."""
+    if given.signed:
+        zero = torch.full((1, weight.width), given.signed, dtype=torch.int8, device=x.device)
+        scale = torch.full((1,), given.scale, device=x.device)
+        wide = zero.new_empty(zero.shape, dtype=torch.float32)
+        shift = _rescaled(wide, zero, scale, weight, None)[0]
+        bias = -shift if bias is None else bias.to(torch.float32) - shift
+    return _rescaled(x, *_static_codes(x, given), weight, bias)
+
+
+def _static_codes(x: Tensor, given: Static) -> tuple[Tensor, Tensor]:
+    """Signed codes ``(M, K)`` and scales ``(M,)`` of ``x (M, K)``."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty((len(x),), dtype=torch.float32, device=x.device)
+    block = min(4096, 1 << (x.shape[1] - 1).bit_length())
+    if len(x):
+        with on(x):
+            quantize_static[(len(x),)](
+                x,
+                q,
+                scales,
+                x.shape[1],
+                x.stride(0),
+                given.scale,
+                float(given.signed),
+                BLOCK=block,
+            )
+    return q, scales
+
+
+def _rescaled(
+    x: Tensor, q: Tensor, q_scales: Tensor, weight: QuantizedWeight, bias: Tensor | None
+) -> Tensor:
+    """The product of codes of x with a weight, in the dtype of x."""
     scheme, codes = weight.scheme, weight.codes.contiguous()
-    q, q_scales = rows_quantized(x, scheme.dtype)
     read = codes if scheme.bits == 8 else words(codes)
 
     def launch(out: Tensor, bias: Tensor | None, spans: int) -> None:

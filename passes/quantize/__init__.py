@@ -26,6 +26,7 @@ from graphopt.rewrite.passes import Settled, Trials
 
 __all__ = ["QuantizeMatmul"]
 
+RANGES = ("mse", "minmax", "percentile")
 SHARE, RANK = 0.01, 8
 """Defaults of `QuantizeMatmul.outliers` and `QuantizeMatmul.rank`."""
 
@@ -49,7 +50,15 @@ class QuantizeMatmul(Pass):
             ``"hessian"`` by the error of the weight and the mean of the Hessian's diagonal (Dong et
             al. 2020, HAWQ-V2). See `sensitivity.choices`.
         activations: ``"dynamic"``: each row of activations becomes int8 as the model runs, and
-            products are exact integers. ``None``: weights only; activations stay as they are.
+            products are exact integers. ``"static"``: all of them by one scale and zero point for
+            each tensor, found on calibration inputs, which this needs: no maximum is looked for as
+            the model runs, but what lies outside of the range saturates. Where these show no range
+            (experts they never reach), rows have their own. ``None``: weights only; activations
+            stay as they are.
+        ranges: of static activations: ``"mse"``, where the error of what is rounded and what is
+            cut off is smallest (Nagel et al. 2021, section 3.1); ``"minmax"``, all that calibration
+            inputs show; ``"percentile"``, all but one in ten thousand (Wu et al. 2020, section
+            3.3), or a percentile such as 99.9. See `activation_ranges`.
         group_size: inputs that share a scale; default: all of an output channel.
         symmetric: groups without a zero point.
         dtype: what codes stand for: ``"int"``, or the tables ``"nf4"`` and ``"fp4"``, or ``"fp8"``,
@@ -101,7 +110,7 @@ class QuantizeMatmul(Pass):
     """
 
     bits: int | Sequence[int] = 8
-    activations: Literal["dynamic"] | None = "dynamic"
+    activations: Literal["dynamic", "static"] | None = "dynamic"
     group_size: int | None = None
     symmetric: bool = True
     dtype: Literal["int", "nf4", "fp4", "fp8", "mxfp4", "nvfp4"] = "int"
@@ -119,6 +128,7 @@ class QuantizeMatmul(Pass):
     size: int | str | None = None
     latency: float | None = None
     sensitivity: Literal["output", "hessian"] = "output"
+    ranges: str | float = "mse"
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:
@@ -131,6 +141,12 @@ class QuantizeMatmul(Pass):
             raise ValueError(f"skip is a sequence of patterns of names, not {self.skip!r:.80}")
         object.__setattr__(self, "skip", patterns)
         scheme = self.scheme  # whether its fields go together
+        if self.activations == "static" and scheme.dtype != "int":
+            instead = "'dynamic'" if scheme.dtype == "fp8" else None
+            raise ValueError(
+                f"{self.dtype} weights have no static activations: give dtype='int', or "
+                f"activations={instead}"
+            )
         if self.activations and scheme.dtype not in ("int", "fp8"):
             raise ValueError(
                 f"{self.dtype} weights have no quantized activations: give activations=None "
@@ -146,8 +162,23 @@ class QuantizeMatmul(Pass):
         self._check_beside()
         self._check_importance()
         object.__setattr__(self, "layers", checked(self.layers))
+        self._check_ranges()
         for one in self.each:
             one.formats.kinds  # noqa: B018 - whether fields of layers go together
+
+    def _check_ranges(self) -> None:
+        """``layers`` may ask for static activations, and are checked by themselves."""
+        if isinstance(self.ranges, str):
+            if self.ranges not in RANGES:
+                raise ValueError(f"ranges={self.ranges!r} is not one of {', '.join(RANGES)}")
+        elif not 50 <= self.ranges <= 100:
+            raise ValueError(f"ranges={self.ranges!r} is no percentile between 50 and 100")
+        fields = (each for each in self.layers.values() if isinstance(each, Mapping))
+        asked = self.activations == "static" or any(
+            each.get("activations") == "static" for each in fields
+        )
+        if self.ranges != "mse" and not asked:
+            raise ValueError("ranges are those of activations='static'")
 
     def _check_beside(self) -> None:
         """Options of methods that are not asked for are mistakes."""
@@ -201,7 +232,7 @@ class QuantizeMatmul(Pass):
         usual, alone = Kind(self.scheme, self.activations or "none"), self.each[-1]
 
         def kind(fields: Mapping[str, Any]) -> Kind:
-            return replace(alone, layers={}, **fields).formats.usual
+            return replace(alone, layers={}, ranges="mse", **fields).formats.usual
 
         return Layers.of(usual, checked(self.layers), kind)
 
@@ -214,6 +245,7 @@ class QuantizeMatmul(Pass):
             beside=self._beside,
             steps=self.steps or Settings.steps,
             tolerance=self.tolerance,
+            ranges=self.ranges,
             layers=self.formats if self.layers else None,
             importance=self.importance,
         )

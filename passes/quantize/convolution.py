@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.passes.quantize import convolution_examples
-from graphopt.passes.quantize.linear import QuantizeLinear
+from graphopt.passes.quantize.linear import QuantizeLinear, settings_of
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.plan import Plan, Settings
 from graphopt.passes.quantize.refusals import numbers_refusal, readers
@@ -34,8 +34,9 @@ class QuantizeConvolution(QuantizeLinear):
     """``conv(x, W, b) = quantized_conv(x, Q(W), b)`` but for the rounding of ``Q``.
 
     An output channel's weights, channels last, are a row of ``Q``. With activations in 8 bits each
-    sample has a scale of its own (Krishnamoorthi 2018, "Quantizing deep convolutional networks for
-    efficient inference", section 3); convolutions in groups keep theirs as they are. What is then
+    sample has a scale of its own, or all have the one that calibration inputs called for
+    (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", sections
+    2.2 and 3); convolutions in groups keep theirs as they are. What is then
     slower here than before is left alone.
     """
 
@@ -66,9 +67,16 @@ class QuantizeConvolution(QuantizeLinear):
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         weight = match["weight"]
         held = self.stored(weight, _rows(match.program.tensor(weight)), build)
-        return tuple(self._convolution(node, held, build) for node in match.nodes)
+        pairs = zip(match.nodes, self.activations(match), strict=True)
+        return tuple(self._convolution(node, held, given, build) for node, given in pairs)
 
-    def _convolution(self, node: fx.Node, held: dict[str, fx.Node], build: Builder) -> fx.Node:
+    def _convolution(
+        self,
+        node: fx.Node,
+        held: dict[str, fx.Node],
+        activations: tuple[Any, ...],
+        build: Builder,
+    ) -> fx.Node:
         build.anchor = node
         given, window = arguments(node), window_of(node)
         count = len(window.stride)
@@ -87,7 +95,7 @@ class QuantizeConvolution(QuantizeLinear):
             list(window.dilation),
             given["groups"],
             *self.settings.scheme.arguments,
-            self.settings.activations if given["groups"] == 1 else "none",
+            *(settings_of(*activations) if given["groups"] == 1 else ("none",)),
         )
         result: fx.Node = made if batched else build(aten.squeeze.dim, made, 0)
         return result

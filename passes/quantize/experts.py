@@ -121,9 +121,13 @@ class QuantizeExperts(QuantizeLinear):
             *map(held.get, OPERANDS),
             matrices.shape[0],
             *self.settings.scheme.arguments,
-            self.settings.activations,
+            self.settings.by_rows,
         )
         return made
+
+    def _unknown(self, match: Match) -> str:  # noqa: ARG002
+        is_static = self.settings.activations == "static"
+        return "rows of experts have scales of their own" if is_static else ""
 
     def examples(self) -> Iterable[Example]:
         return expert_examples.examples()

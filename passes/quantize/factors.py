@@ -59,7 +59,7 @@ class ScaleBeforeQuantizing(Stage):
         quantized = {n for m in self.quantized(program) for n in products_of(m)}
         matches, refused = _matches(program, quantized)
         if matches:
-            require_samples(samples, (self.method,), self.name)
+            require_samples(samples, f"method {self.method}", self.name, "method='rtn'")
         reached = {n for match in matches for n in match.roots}
         stopped = frozenset(map(key_of, quantized - reached.union(*refused.values())))
         observed = Observed(program, samples, reached, importance=self.settings.importance)

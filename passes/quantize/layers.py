@@ -68,8 +68,10 @@ def _fields(pattern: str, given: Any) -> Fields:
             close = difflib.get_close_matches(str(name), FIELDS, n=1, cutoff=0.4)
             help_ = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(FIELDS)}"
             raise ValueError(f"{where} has no field {name!r}: {help_}")
-        if name == "activations" and value not in ("dynamic", None):
-            raise ValueError(f"{where}: activations={value!r:.80} should be 'dynamic' or None")
+        if name == "activations" and value not in ("dynamic", "static", None):
+            raise ValueError(
+                f"{where}: activations={value!r:.80} should be 'dynamic', 'static' or None"
+            )
         is_number = int in FIELDS[name] and isinstance(value, bool)
         if is_number or not isinstance(value, FIELDS[name]):
             kinds = " or ".join("None" if k is type(None) else k.__name__ for k in FIELDS[name])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.kernels.quantized.static import MIDDLE, Static
 from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.quantize import embedding, examples, remainder, sharing
@@ -37,14 +39,21 @@ SPARE = 2.5
 """Times that error is allowed: channels have outliers, and what is summed up cancels."""
 
 ACTIVATIONS = 0.03
-"""Allowed besides for activations in 8 bits."""
+"""Allowed besides for activations in 8 bits, rows by themselves."""
+
+STATIC = 0.06
+"""Allowed besides with one scale for all of them: a range of 40 standard deviations comes to 0.045.
+"""
+
+UNKNOWN = "calibration inputs show no range there, so that rows have scales of their own"
 
 
 class QuantizeLinear(Rule):
     """``linear(x, W, b) = quantized_linear(x, Q(W), b)`` but for the rounding of ``Q``.
 
     ``Q`` is what the plan has for a weight, and else rounds it; with activations in 8 bits each row
-    of ``x`` has a scale of its own (Yao et al. 2022, ZeroQuant, section 4.1). All that read one
+    of ``x`` has a scale of its own (Yao et al. 2022, ZeroQuant, section 4.1), or all of it has the
+    one that calibration inputs called for (Jacob et al. 2018, section 2.1). All that read one
     weight are rewritten together, its look-ups too where embeddings are in scope: a tied head is
     stored once. What the plan has beside ``Q`` is added to the product (see `remainder`). A weight
     with which the error on the inputs at hand is above `tolerance` is kept.
@@ -63,7 +72,8 @@ class QuantizeLinear(Rule):
         loss = SPARE * ROUNDING * 2 ** (8 - scheme.bits)
         if scheme.dtype != "int" and scheme.bits == 8:
             loss *= 4  # E4M3 has 3 bits behind the point
-        usual = min(0.9, loss + (ACTIVATIONS if activations != "none" else 0.0))
+        allowed = {"dynamic": ACTIVATIONS, "static": STATIC}
+        usual = min(0.9, loss + allowed.get(activations, 0.0))
         self.tolerance = usual if settings.tolerance is None else settings.tolerance
 
     def prepare(self) -> Iterable[Pass]:
@@ -104,7 +114,8 @@ class QuantizeLinear(Rule):
         weight = match["weight"]
         held = self.stored(weight, match.program.tensor(weight), build)
         beside = self._beside(weight, build)
-        return tuple(self._call(node, held, beside, build) for node in match.nodes)
+        pairs = zip(match.nodes, self.activations(match), strict=True)
+        return tuple(self._call(node, held, beside, given, build) for node, given in pairs)
 
     def stored(self, weight: fx.Node, matrix: Tensor, build: Builder) -> dict[str, fx.Node]:
         """A weight, as the matrix ``(N, K)``, in few bits: the state that holds it."""
@@ -118,8 +129,24 @@ class QuantizeLinear(Rule):
         apart = self.settings.activations != "none"
         return remainder.hold(self.plan.remainders.get(name, ()), weight, build, apart=apart)
 
+    def activations(self, match: Match) -> list[tuple[Any, ...]]:
+        """How each product quantizes what it is given: ``activations`` of its operator, and behind
+        a layout the scale and the zero point. Where no range is known, rows have their own."""
+        name = match.program.target_of(match["weight"]) or match["weight"].name
+        ranges: Sequence[Static | None] = self.plan.inputs.get(name, [None] * len(match.nodes))
+        is_static = self.settings.activations == "static"
+        return [
+            ("static", *static) if is_static and static else (self.settings.by_rows, None, MIDDLE)
+            for static in ranges
+        ]
+
     def _call(
-        self, node: fx.Node, held: dict[str, fx.Node], beside: remainder.Held, build: Builder
+        self,
+        node: fx.Node,
+        held: dict[str, fx.Node],
+        beside: remainder.Held,
+        activations: tuple[Any, ...],
+        build: Builder,
     ) -> fx.Node:
         build.anchor = node
         if node.target is aten.embedding.default:
@@ -131,13 +158,26 @@ class QuantizeLinear(Rule):
             *map(held.get, OPERANDS),
             given["bias"],
             *self.settings.scheme.arguments,
-            self.settings.activations,
+            *settings_of(*activations, "plain"),
         )
         return beside.add(made, given["input"], build)
 
     def remark(self, match: Match) -> str:
         """What a method came to, or where it gave way; the report's row of the weight shows it."""
-        return self._note(match.program.target_of(match["weight"]) or "")
+        note = self._note(match.program.target_of(match["weight"]) or "")
+        return "; ".join(filter(None, (note, self._unknown(match))))
+
+    def _unknown(self, match: Match) -> str:
+        """What there is to say where static activations are quantized by rows."""
+        if self.settings.activations != "static":
+            return ""
+        products = (n for n in match.nodes if n.target is not aten.embedding.default)
+        kinds = zip(products, self.activations(match), strict=False)
+        without = [node.name for node, (kind, *_) in kinds if kind != "static"]
+        if not without:
+            return ""
+        named = ", ".join(f"`{name}`" for name in without)
+        return f"{named}: {UNKNOWN}"
 
     def _note(self, name: str) -> str:
         methods = self.settings.methods
@@ -151,3 +191,8 @@ class QuantizeLinear(Rule):
 
     def near_misses(self) -> Iterable[Example]:
         return examples.near_misses()
+
+
+def settings_of(activations: str, scale: float | None, zero: int, *layout: str) -> tuple[Any, ...]:
+    """The last arguments of an operator; those that only static activations have are left out."""
+    return (activations,) if scale is None else (activations, *layout, scale, zero)

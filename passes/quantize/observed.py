@@ -105,16 +105,16 @@ def given_to(product: fx.Node) -> fx.Node:
     return node
 
 
-def require_samples(samples: Sequence[Any], methods: Sequence[str], where: str) -> None:
-    """Methods that calibrate need something to calibrate on.
+def require_samples(samples: Sequence[Any], asked: str, where: str, instead: str) -> None:
+    """What calibrates needs something to calibrate on; ``instead`` needs nothing.
 
     Raises:
         GraphoptError: there is nothing.
     """
     if not samples:
         raise GraphoptError(
-            f"method {' and '.join(methods)} learns from calibration inputs; there are none",
+            f"{asked} learns from calibration inputs; there are none",
             where=where,
             fix="calibration=[inputs, ...] with example_inputs, on the command line "
-            "--calibration FILE; or method='rtn', which needs none",
+            f"--calibration FILE; or {instead}, which needs none",
         )

@@ -17,6 +17,7 @@ from graphopt.kernels.quantized.remainder import Columns, Part
 from graphopt.kernels.quantized.rounding import Clip, quantize
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside, Seen, Split, split
+from graphopt.kernels.quantized.static import Static
 from graphopt.kernels.quantized.weight import QuantizedWeight
 from graphopt.passes.quantize import remainder
 from graphopt.passes.quantize.importance import Kind as Importance
@@ -34,12 +35,14 @@ Progress = Callable[[str], None]
 class Plan:
     """What calibration made of weights, by their names, and what stands beside their codes.
 
-    ``notes`` say what that takes, and where a method had to give way.
+    ``notes`` say what that takes, and where a method had to give way. ``inputs`` say how the input
+    of each product with a weight is quantized, where that is found ahead of time.
     """
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     remainders: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Sequence[Static | None]] = field(default_factory=dict)
 
 
 def rounded(
@@ -79,8 +82,8 @@ def calibrate(
 @dataclass(frozen=True)
 class Settings:
     """Scheme of the weights, how they get there, whether activations are quantized too, what stands
-    beside codes, the error that is allowed, the steps in which blocks learn, weights whose format
-    differs, and what rows count by in second moments."""
+    beside codes, the error that is allowed, the steps in which blocks learn, how ranges of static
+    activations are found, weights whose format differs, and what rows count by in second moments."""
 
     scheme: Scheme
     methods: Methods
@@ -88,12 +91,18 @@ class Settings:
     beside: Beside = field(default_factory=Beside)
     tolerance: float | None = None
     steps: int = 100
+    ranges: str | float = "mse"
     layers: Layers | None = None
     importance: Importance | None = None
 
     @property
     def kind(self) -> Kind:
         return Kind(self.scheme, self.activations)
+
+    @property
+    def by_rows(self) -> str:
+        """The same activations with a scale for each row, where no range is known."""
+        return "dynamic" if self.activations == "static" else self.activations
 
     def of(self, kind: Kind) -> Settings:
         """The same for weights of another format."""
@@ -203,12 +212,12 @@ class Calibration:
         """Later products see a weight quantized."""
         self.made[self.program.target_of(weight) or weight.name] = found
         products = [n for n, w in self.weight_of.items() if w is weight]
-        stream, activations = self.observed.stream, self.at(weight).activations
+        stream, activations = self.observed.stream, self.at(weight).by_rows
         if activations == "none":
             stream.weight(weight, found.dense().to(val(weight).dtype))
             return
         for product in products:
-            stream.replace(product, partial(_product, found, activations))
+            stream.replace(product, partial(product_of, found, activations, None))
 
     def at(self, weight: fx.Node) -> Settings:
         """For one weight."""
@@ -258,13 +267,18 @@ def products_of(match: Match) -> list[fx.Node]:
     return [n for n in match.nodes if n.target is torch.ops.aten.linear.default]
 
 
-def _product(
-    found: Split, activations: str, x: Tensor, _weight: Tensor, bias: Any = None
+def product_of(
+    found: Split,
+    activations: str,
+    static: Static | None,
+    x: Tensor,
+    _weight: Tensor,
+    bias: Any = None,
 ) -> Tensor:
     """As the rule has it: columns in floats are none of the quantized input."""
     given = x
     for part in found.parts:
         if isinstance(part, Columns):
             given = x.index_fill(-1, part.places, 0.0)
-    product = linear(given, found.weight, bias, activations)
+    product = linear(given, found.weight, bias, activations, static)
     return product + remainder.product(found.parts, x)

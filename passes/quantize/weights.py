@@ -14,6 +14,7 @@ from graphopt.passes.quantize.lookups import QuantizeEmbedding
 from graphopt.passes.quantize.names import USUAL, Scope
 from graphopt.passes.quantize.observed import require_samples
 from graphopt.passes.quantize.plan import Plan, Settings, calibrate
+from graphopt.passes.quantize.ranges import Ranges
 from graphopt.passes.quantize.stage import Stage
 from graphopt.program import Program
 from graphopt.rewrite import Match, Pass
@@ -42,18 +43,33 @@ class QuantizeWeights(Stage):
         samples: Sequence[Sequence[Any]],
         progress: Callable[[str], None],
     ) -> Pass:
+        plan = self._planned(program, samples, progress)
+        if any(each.activations == "static" for each in self.settings.each()):
+            targets = self.targets(program)
+            if any(rule.settings.activations == "static" for rule, _ in targets):
+                require_samples(samples, "activations='static'", self.name, "activations='dynamic'")
+                plan = Ranges(program, targets, samples, plan, self.settings.ranges).run(progress)
+        return replace(self, plan=plan)
+
+    def _planned(
+        self,
+        program: Program,
+        samples: Sequence[Sequence[Any]],
+        progress: Callable[[str], None],
+    ) -> Plan:
+        """Weights by methods that calibrate; others are rounded when they are rewritten."""
         methods = self.settings.methods.calibrated
         if not (methods or self.settings.beside):
-            return self
+            return self.plan
         matches = self.matches(program)
         if matches and methods:
-            require_samples(samples, methods, self.name)
+            asked = f"method {' and '.join(methods)}"
+            require_samples(samples, asked, self.name, "method='rtn'")
         if not matches:
-            return replace(self, plan=Plan())
+            return Plan()
         if self.settings.methods.tuning:
-            blocks = BlockCalibration(program, matches, samples, self.settings)
-            return replace(self, plan=blocks.run(progress))
-        return replace(self, plan=calibrate(program, matches, samples, self.settings, progress))
+            return BlockCalibration(program, matches, samples, self.settings).run(progress)
+        return calibrate(program, matches, samples, self.settings, progress)
 
     def matches(self, program: Program) -> list[Match]:
         """Products of matrices that will be rewritten."""

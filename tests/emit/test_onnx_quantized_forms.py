@@ -16,11 +16,11 @@ from graphopt.emit import onnx_runtime
 from graphopt.emit.onnx_quantized import alone as alone_module
 from graphopt.emit.onnx_quantized import choosing, lower
 from graphopt.emit.onnx_quantized.alone import attempt, difference, exact
-from graphopt.emit.onnx_quantized.calls import Call, Static
+from graphopt.emit.onnx_quantized.calls import Call
 from graphopt.emit.onnx_quantized.form import Form
 from graphopt.emit.onnx_quantized.forms import forms_of
 from graphopt.errors import ExportError
-from graphopt.kernels.quantized import Scheme, linear, quantize
+from graphopt.kernels.quantized import Scheme, Static, linear, quantize
 from graphopt.passes import QuantizeMatmul
 
 onnx = pytest.importorskip("onnx")
@@ -41,7 +41,8 @@ def forms(call: Call, *, standard: bool = False) -> list[Form]:
 
 
 def own_error(call: Call, x: Tensor) -> float:
-    return difference(linear(x, call.weight, activations=call.activations), exact(call, x))[0]
+    made = linear(x, call.weight, activations=call.activations, static=call.static)
+    return difference(made, exact(call, x))[0]
 
 
 CALLS = [
@@ -57,8 +58,10 @@ CALLS = [
     call_of(Scheme(4, "nf4", 64)),
     call_of(Scheme(4, "mxfp4")),
     call_of(Scheme(dtype="fp8")),
-    replace(call_of(Scheme()), static=Static(0.03, 121)),
-    replace(call_of(Scheme(4, group_size=32)), static=Static(0.03, 121)),
+    call_of(Scheme(), "static", static=Static(0.03, 121)),
+    call_of(Scheme(symmetric=False), "static", static=Static(0.03, 121)),
+    call_of(Scheme(4), "static", static=Static(0.03, 121)),
+    call_of(Scheme(4, group_size=32), "static", static=Static(0.03, 121)),
 ]
 EVERY = [(call, form) for call in CALLS for form in forms(call)]
 
@@ -82,15 +85,17 @@ def test_every_form(call: Call, form: Form, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_static_activations_are_quantized_by_what_is_given() -> None:
     """Numbers beyond the range of scale and zero point are cut off at its ends."""
-    call = replace(call_of(Scheme()), static=Static(0.02, 100))
-    (form,) = forms(call)
-    x = torch.randn(ROWS, WIDTH)
-    session = alone_module.alone(form, call, 2, torch.float32, OPSET)
-    found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-    rounded = ((x / 0.02).round() + 100).clamp(0, 255) - 100
-    assert difference(found, exact(call, rounded * 0.02))[0] < 1e-5
+    static = Static(0.015625, 100)
+    call, x = call_of(Scheme(), "static", static=static), torch.randn(ROWS, WIDTH)
+    rounded = ((x / static.scale).round() + static.zero).clamp(0, 255) - static.zero
+    wanted = exact(call, rounded * static.scale)
+    assert difference(linear(x, call.weight, None, "static", static), wanted)[0] < 1e-5
+    for form in forms(call):
+        session = alone_module.alone(form, call, 2, torch.float32, OPSET)
+        found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        assert difference(found, wanted)[0] < 1e-5
     with pytest.raises(ExportError, match="nf4 weights with static activations have no form"):
-        forms(replace(call_of(Scheme(4, "nf4", 64)), static=Static(0.02, 100)))
+        forms(call_of(Scheme(4, "nf4", 64), "static", static=static))
 
 
 def test_one_scale_for_all_is_not_taken_where_rows_differ() -> None:

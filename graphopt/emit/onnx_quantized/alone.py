@@ -98,7 +98,7 @@ def allowance(form: Form, call: Call, own: float) -> float:
     if call.activations == "dynamic":
         return min(ACTIVATIONS, SHARED * own) if form.shares else max(ACTIVATIONS, ALIKE * own)
     if call.static is not None:
-        return ACTIVATIONS
+        return max(ACTIVATIONS, ALIKE * own)
     return min(ACTIVATIONS, ROUNDING * 2 ** (8 - call.scheme.bits))
 
 

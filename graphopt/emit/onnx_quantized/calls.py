@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from graphopt.emit.onnx_quantized.slots import EMBEDDING, LINEAR
 from graphopt.errors import ExportError
-from graphopt.kernels.quantized import QuantizedWeight, Scheme
+from graphopt.kernels.quantized import QuantizedWeight, Scheme, Static
 from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, arguments
@@ -23,13 +23,6 @@ _EMBEDDING = torch.ops.graphopt.quantized_embedding.default
 OPERATORS = (_LINEAR, _EMBEDDING)
 
 
-class Static(NamedTuple):
-    """What activations are quantized by: ``round(x / scale) + zero``, uint8."""
-
-    scale: float
-    zero: int
-
-
 @dataclass(frozen=True, eq=False)
 class Call:
     """One quantized operator.
@@ -38,12 +31,12 @@ class Call:
         name: of the weight; what belongs to it in the file is named after it.
         embedding: rows of the weight are read; else the weight is multiplied by.
         weight: as it is stored; calls on one weight share the object.
-        activations: ``"none"`` or ``"dynamic"``.
+        activations: ``"none"``, ``"dynamic"`` or ``"static"``.
         dtype: of the result, and of the input of a product.
         rank: dimensions of the input.
         tied: both an embedding and a product read the weight.
         where: the user's line.
-        static: how activations are quantized where that was found ahead of time.
+        static: what static activations are quantized by.
     """
 
     name: str
@@ -100,7 +93,13 @@ def _call(
         val(given["indices" if node.target is _EMBEDDING else "input"]).dim(),
         len(uses[codes]) == 2,
         source_line(node),
+        _static(given),
     )
+
+
+def _static(given: Mapping[str, Any]) -> Static | None:
+    scale = given.get("input_scale")
+    return None if scale is None else Static(scale, given["input_zero"])
 
 
 def _weight(program: Program, node: fx.Node) -> QuantizedWeight:
@@ -133,7 +132,7 @@ def unrounded(program: Program) -> Program:
     twin = program.copy()
     for node in quantized_nodes(twin):
         if node.target is _LINEAR:
-            given = {**arguments(node), "activations": "none"}
+            given = {**arguments(node), "activations": "none", "input_scale": None}
             node.args, node.kwargs = tuple(given.values()), {}
     return twin.recompile()
 

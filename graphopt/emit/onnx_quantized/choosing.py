@@ -73,7 +73,7 @@ class Chooser(fx.Interpreter):
     def choose(self, call: Call, x: Tensor) -> Choice:
         own = 0.0
         if call.activations != "none":
-            made = linear(x, call.weight, activations=call.activations)
+            made = linear(x, call.weight, activations=call.activations, static=call.static)
             own = difference(made, exact(call, x))[0]
         forms = forms_of(call, standard=self.standard, opset=self.opset)
         kind = (call.scheme, call.weight.shape, call.activations, call.embedding, x.shape)

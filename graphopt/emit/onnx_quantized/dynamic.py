@@ -52,8 +52,8 @@ def _whole(found: Integers, emit: Emitter, given: Product) -> Any:
     made = emit.own(
         "DynamicQuantizeMatMul",
         given.x,
-        _codes(emit, given.call, found),
-        _scales(emit, given.call, found),
+        signed_codes(emit, given.call, found),
+        channel_scales(emit, given.call, found),
         None,
         given.bias if found.zeros is None else None,
     )
@@ -106,21 +106,21 @@ def _middle(emit: Emitter) -> Any:
 
 
 def _fused(emit: Emitter, call: Call, found: Integers, q: Any) -> Any:
-    codes, scales = _codes(emit, call, found), _scales(emit, call, found)
+    codes, scales = signed_codes(emit, call, found), channel_scales(emit, call, found)
     one = emit.number("one", 1.0)
     return emit.own("MatMulIntegerToFloat", q, codes, one, scales, _middle(emit))
 
 
 def _standard(emit: Emitter, call: Call, found: Integers, q: Any) -> Any:
-    sums = emit("MatMulInteger", q, _codes(emit, call, found), _middle(emit))
-    return emit("Mul", emit("Cast", sums, to=1), _scales(emit, call, found))  # to float32
+    sums = emit("MatMulInteger", q, signed_codes(emit, call, found), _middle(emit))
+    return emit("Mul", emit("Cast", sums, to=1), channel_scales(emit, call, found))  # to float32
 
 
-def _scales(emit: Emitter, call: Call, found: Integers) -> Any:
+def channel_scales(emit: Emitter, call: Call, found: Integers) -> Any:
     return emit.constant(f"{call.name}.channel_scales", found.scales[:, 0])
 
 
-def _codes(emit: Emitter, call: Call, found: Integers) -> Any:
+def signed_codes(emit: Emitter, call: Call, found: Integers) -> Any:
     """Codes ``(K, N)``, int8; of fewer bits they are stored packed, and looked up on loading."""
     signed = found.codes.to(torch.int16) - found.middle
     if found.bits == 8:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from graphopt.emit.onnx_quantized import decoded, dynamic, nbits, qdq
+from graphopt.emit.onnx_quantized import decoded, dynamic, nbits, qdq, static
 from graphopt.emit.onnx_quantized.calls import Call
 from graphopt.emit.onnx_quantized.form import Form
 from graphopt.emit.onnx_quantized.integers import integers
@@ -20,8 +20,6 @@ def forms_of(call: Call, *, standard: bool, opset: int) -> list[Form]:
         ExportError: nothing.
     """
     forms = [f for f in _every_form(call) if f.opset <= opset and (f.standard or not standard)]
-    if call.static is not None:
-        forms = [f for f in forms if f.name == "DequantizeLinear"]
     if not forms:
         raise ExportError(
             f"{call.scheme.dtype} weights with {_activations(call)} have no form in operator set "
@@ -42,6 +40,11 @@ def _every_form(call: Call) -> Iterator[Form]:
         if found is not None and call.dtype != torch.float64:
             yield from nbits.rows(call, found)
         yield decoded.rows()
+        return
+    if call.static is not None:
+        if found is not None and call.scheme.dtype == "int":
+            yield from static.products(call, found)
+            yield from qdq.products(call, found)
         return
     if call.activations == "dynamic" and found is not None and not call.tied:
         yield from dynamic.products(call, found)

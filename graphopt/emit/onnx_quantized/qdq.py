@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def products(call: Call, found: Integers) -> Iterator[Form]:
             partial(_dequantized, found),
             standard=True,
             rounds=True,  # by ONNX Runtime, of its own accord
-            tier=2,
+            tier=2 if call.static is None else 0,
             opset=21 if found.bits < 8 or found.scales.shape[1] > 1 else 18,
         )
 
@@ -47,7 +47,9 @@ def _dequantized(found: Integers, emit: Emitter, given: Product) -> Any:
     layout: dict[str, Any] = {"axis": 0, "block_size": found.group} if grouped else {"axis": 1}
     held = found.scales.t() if grouped else found.scales[:, 0]
     weight = emit("DequantizeLinear", codes, emit.constant(f"{call.name}.columns", held), **layout)
-    made = emit("MatMul", _activations(emit, given), weight)
+    if call.static is not None:
+        given = given._replace(x=rounded(emit, given).numbers(emit))
+    made = emit("MatMul", given.x, weight)
     return made if found.zeros is None else without_zeros(emit, given, found, made)
 
 
@@ -58,12 +60,23 @@ def _four_bits(emit: Emitter, call: Call, signed: Tensor) -> Any:
     return emit.constant(f"{call.name}.int4", packed, "INT4", tuple(signed.shape))
 
 
-def _activations(emit: Emitter, given: Product) -> Any:
+class Rounded(NamedTuple):
+    """Activations as uint8 codes, and the constants by which they are read."""
+
+    codes: Any
+    scale: Any
+    zero: Any
+
+    def numbers(self, emit: Emitter) -> Any:
+        """What the codes stand for."""
+        return emit("DequantizeLinear", *self)
+
+
+def rounded(emit: Emitter, given: Product) -> Rounded:
+    """Activations quantized by what is known ahead of time; products that read the same name the
+    constants by their values, so that runtimes see that they are the same."""
     static = given.call.static
-    if static is None:
-        return given.x
-    name = f"{given.call.name}.input"
-    scale = emit.constant(f"{name}_scale", torch.tensor(static.scale))
-    zero = emit.constant(f"{name}_zero", torch.tensor(static.zero, dtype=torch.uint8))
-    rounded = emit("QuantizeLinear", given.x, scale, zero)
-    return emit("DequantizeLinear", rounded, scale, zero)
+    assert static is not None
+    scale = emit.number(f"input_scale_{static.scale!r}", static.scale)
+    zero = emit.number(f"input_zero_{static.zero}", static.zero, torch.uint8)
+    return Rounded(emit("QuantizeLinear", given.x, scale, zero), scale, zero)

@@ -122,7 +122,9 @@ def test_registrations_hold() -> None:
 
 
 def test_a_library_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def saturating(q: Tensor, codes: Tensor, scales: Tensor, moves: conv_paths.Window) -> Tensor:
+    def saturating(
+        q: Tensor, codes: Tensor, scales: Tensor, moves: conv_paths.Window, zero: int = 128
+    ) -> Tensor:
         numbers = codes.view(len(codes), *moves.kernel, -1).movedim(-1, 1).float()
         return conv_paths.convolution(q, numbers, None, moves).clamp(-(2**20), 2**20)
 

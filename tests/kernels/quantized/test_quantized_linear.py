@@ -141,7 +141,7 @@ def test_pieces_of_a_weight_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
     x.requires_grad_()
     (slope,) = torch.autograd.grad(linear(x, weight).square().sum(), x)
     monkeypatch.setattr("graphopt.kernels.quantized.definition._PIECE", 7 * WIDTH)
-    monkeypatch.setattr("graphopt.kernels.quantized.definition._HELD", 3 * WIDTH)
+    monkeypatch.setattr("graphopt.kernels.quantized.definition.HELD", 3 * WIDTH)
     for activations, wanted in zip(("none", "dynamic"), whole, strict=True):
         assert torch.allclose(linear(x, weight, bias, activations), wanted, atol=1e-5)
     (cut,) = torch.autograd.grad(linear(x, weight).square().sum(), x)

@@ -32,7 +32,7 @@ from graphopt.kernels.quantized import (
 )
 from graphopt.kernels.quantized.autograd import quantized_linear
 from graphopt.kernels.quantized.cases import Case
-from graphopt.kernels.quantized.trials import wide_product
+from graphopt.kernels.quantized.trials import STATIC, wide_product
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 ROWS = {torch.float32: (3, 40), torch.float16: (40,), torch.bfloat16: (3,)}
@@ -61,7 +61,7 @@ def no_definition(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the definition ran")
 
     plain = [
-        p._replace(run=refuse) if p.name in ("definition", "dynamic") else p for p in paths.PATHS
+        p._replace(run=refuse) if p.name in ("definition", "dynamic", "static") else p for p in paths.PATHS
     ]
     monkeypatch.setattr(paths, "PATHS", tuple(plain))
     monkeypatch.setattr(paths, "_found", {})
@@ -117,6 +117,27 @@ def test_dynamic(scheme: Scheme, dtype: torch.dtype) -> None:
         x, bias = torch.randn(rows, weight.width).to(dtype), torch.randn(37).to(dtype)
         with using("dynamic_rows"):
             assert_close(linear(x, weight, bias, "dynamic"), x, weight, bias, "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        (Scheme(), torch.float32),
+        (Scheme(symmetric=False), torch.bfloat16),
+        (Scheme(4, group_size=64, symmetric=False), torch.float32),
+    ],
+    ids=str,
+)
+def test_static_dynamic(scheme: Scheme, dtype: torch.dtype) -> None:
+    weight = made(scheme)
+    x, bias = torch.randn(17, weight.width).to(dtype), torch.randn(37).to(dtype)
+    with using("static_rows"):
+        found = linear(x, weight, bias, "static", STATIC)
+        assert_close(found, x, weight, bias, "static")
+        assert off(found, wide_product(x, weight, bias, "static") * 1.01) > 0.008
+        x[3, 5], x[4, 6], x[5, 7] = torch.nan, torch.inf, -1e30
+        found = linear(x, weight, None, "static", STATIC._replace(zero=128))
+    assert not found[3:5].isfinite().any() and found[5:].isfinite().all()
 
 
 @pytest.mark.parametrize("rows", FEW_ROWS)
