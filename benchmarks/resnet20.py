@@ -41,11 +41,13 @@ def run(data: Path | None) -> dict[str, object]:
     }
 
 
-def _images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _images(path: Path, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     from PIL import Image
 
     with np.load(path) as file:
         jpeg, offset, labels = (file[k] for k in ("jpeg", "offset", "label"))
+    if count is not None:
+        offset, labels = offset[: count + 1], labels[:count]
     pictures = [
         np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB"))
         for a, b in itertools.pairwise(offset)

@@ -297,10 +297,11 @@ def _applied(step: Pass, rewrite: Rewrite, verdict: Verdict, digest: str) -> App
 def _taken_back(step: Pass, verdict: Verdict) -> MissedRewrite:
     stage = "profit" if verdict.ok else "verify"
     rewrite = verdict.rewrite
+    doubt = "" if verdict.ok else rewrite.rule.doubt
     return MissedRewrite(
         step.name,
         rewrite.rule.name,
-        failure(verdict),
+        "; ".join(filter(None, (failure(verdict), doubt))),
         rewrite.key[1][0],
         rewrite.source,
         "measure=False" if verdict.ok else rewrite.rule.lift,

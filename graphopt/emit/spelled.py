@@ -12,7 +12,8 @@ from graphopt.emit.gelu import quick_gelu
 from graphopt.kernels.quantized import integers
 from graphopt.kernels.quantized.operator import quantized_linear
 from graphopt.kernels.quantized.scheme import Scheme
-from graphopt.kernels.quantized.spelled import int4_linear, int8_linear
+from graphopt.kernels.quantized.spelled import int4_linear, int8_linear, static_linear
+from graphopt.kernels.quantized.static import static_of
 from graphopt.program import copy_graph, val
 from graphopt.rewrite import arguments
 
@@ -42,11 +43,13 @@ def _quantized(_node: fx.Node, given: Mapping[str, Any]) -> Call | None:
     if given["layout"] == "int4pack":
         names = ("input", "codes", "scales", "bias")
         return int4_linear, (*(given[name] for name in names), scheme.group_size, scheme.symmetric)
-    fits = scheme == Scheme(8) and given["layout"] == "plain" and given["activations"] == "dynamic"
+    fits = scheme == Scheme(8) and given["layout"] == "plain" and given["activations"] != "none"
     narrow = val(given["codes"]).shape[1] < 2  # see `integers._int_mm_takes`
     if not fits or narrow or not integers.is_exact("int_mm"):
         return None
-    return int8_linear, tuple(given[name] for name in ("input", "codes", "scales", "bias"))
+    read = tuple(given[name] for name in ("input", "codes", "scales", "bias"))
+    static = static_of(given)
+    return (int8_linear, read) if static is None else (static_linear, (*read, *static))
 
 
 _SPELLINGS: dict[Any, Callable[[fx.Node, Mapping[str, Any]], Call | None]] = {

@@ -7,6 +7,8 @@ A layer ``(N, K)`` in G groups, by the format:
   int32 ``(N * B / 32, G)``, packed along N like the codes; ``weight_shape``, N and K.
 * ``int-quantized`` (and ``naive-quantized``): ``weight`` int8 ``(N, K)``, ``weight_scale``,
   ``weight_zero_point`` int8 ``(N, G)``.
+* both with static activations: ``input_scale`` ``(1,)`` and, where they are not symmetric,
+  ``input_zero_point`` int8 ``(1,)``, of codes from -128 to 127.
 * ``float-quantized``: ``weight`` float8_e4m3fn ``(N, K)``, ``weight_scale`` ``(N, 1)``.
 * ``nvfp4-pack-quantized``: ``weight_packed`` uint8 ``(N, K / 2)``, ``weight_scale`` float8_e4m3fn
   ``(N, K / 16)``, relative to ``1 / weight_global_scale``.
@@ -17,6 +19,7 @@ One scale for a whole tensor is read as one per output channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,7 +29,8 @@ from torch import Tensor
 from graphopt.interchange.bits import pack_words, spaced_words_of, unpack_words, words_of
 from graphopt.interchange.gptq import integer_zeros_refusal
 from graphopt.interchange.layout import FLOATS, Linear, Shape, Wanted, finished
-from graphopt.kernels.quantized import QuantizedWeight, Scheme
+from graphopt.kernels.quantized import QuantizedWeight, Scheme, Static
+from graphopt.kernels.quantized.static import MIDDLE
 
 PACKED, INTEGERS, FLOAT8 = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
@@ -44,6 +48,7 @@ class CompressedTensors:
         group_size: None is one group per output channel.
         per_tensor: one scale for the whole weight.
         activations: as ``graphopt::quantized_linear`` takes them.
+        zero_input: whether static ones have a zero point.
     """
 
     format: str
@@ -52,6 +57,7 @@ class CompressedTensors:
     symmetric: bool = True
     per_tensor: bool = False
     activations: str = "none"
+    zero_input: bool = False
 
     @property
     def text(self) -> str:
@@ -66,6 +72,10 @@ class CompressedTensors:
         if groups == 1:
             scales = ((), (1,)) if self.per_tensor else (*scales, (outputs,))
         named = {"weight_scale": Wanted(scales, FLOATS)}
+        if self.activations == "static":
+            named["input_scale"] = Wanted(((1,), ()), FLOATS)
+            if self.zero_input:
+                named["input_zero_point"] = Wanted(((1,), ()), (torch.int8,))
         if self.format == FLOAT8:
             return named | {"weight": Wanted(((outputs, inputs),), (_FP8,))}
         if self.format == INTEGERS:
@@ -109,7 +119,17 @@ class CompressedTensors:
         if g_idx is not None and bool((g_idx == -1).all()):  # how the library spells none
             g_idx = None
         bits, size = self.bits, self.group_size
-        return finished(codes, scales, zeros, bits, size, g_idx, self.activations)
+        made = finished(codes, scales, zeros, bits, size, g_idx, self.activations)
+        return made._replace(static=self._static(raw))
+
+    def _static(self, raw: Mapping[str, Tensor]) -> Static | None:
+        if self.activations != "static":
+            return None
+        zero = int(raw["input_zero_point"]) if self.zero_input else 0
+        scale = float(raw["input_scale"].to(torch.float32))
+        if not 0 < scale < math.inf:
+            raise ValueError(f"input_scale is {scale}; it is positive")
+        return Static(scale, zero + MIDDLE)
 
     def _groups(self, inputs: int) -> int:
         return Scheme(group_size=self.group_size).groups(inputs)
@@ -160,7 +180,7 @@ def refusal(weight: QuantizedWeight) -> str | None:
 
 
 def written(
-    weight: QuantizedWeight, activations: str
+    weight: QuantizedWeight, activations: str, static: Static | None = None
 ) -> tuple[dict[str, Tensor], CompressedTensors]:
     """The tensors of a layer without `refusal`, and how they are to be read."""
     scheme = weight.scheme
@@ -170,9 +190,17 @@ def written(
     if scheme.dtype == "fp8":
         named["weight"] = weight.codes
         return named, CompressedTensors(FLOAT8, 8, activations=activations)
+    if static is not None:
+        named["input_scale"] = torch.tensor([static.scale])
+        named["input_zero_point"] = torch.tensor([static.signed], dtype=torch.int8)
     form = PACKED if activations == "none" else INTEGERS
     layout = CompressedTensors(
-        form, scheme.bits, scheme.group_size, scheme.symmetric, activations=activations
+        form,
+        scheme.bits,
+        scheme.group_size,
+        scheme.symmetric,
+        activations=activations,
+        zero_input=static is not None,
     )
     codes = weight.unpacked()
     zeros = None if weight.zeros is None else weight.zeros.to(torch.int8)

@@ -156,6 +156,7 @@ class CompressedConfig:
             bool(weights.get("symmetric", True)),
             strategy == "tensor",
             self._activations(group.get("input_activations"), form),
+            not (group.get("input_activations") or {}).get("symmetric", True),
         )
 
     def _activations(self, given: Mapping[str, Any] | None, form: str) -> str:
@@ -166,11 +167,14 @@ class CompressedConfig:
             return "none"
         kind, bits, strategy = (given.get(k) for k in ("type", "num_bits", "strategy"))
         fits = (kind or "int") == ("float" if form == FLOAT8 else "int") and (bits or 8) == 8
+        if given.get("dynamic") is False and fits and strategy == "tensor" and form != FLOAT8:
+            return "static"
         if given.get("dynamic") is not True or not fits or strategy not in ("token", "tensor"):
             how = "dynamic" if given.get("dynamic") else "static"
             raise self._error(
                 f"activations of {bits} bits {kind}, {how}, per {strategy}, cannot be computed",
-                "quantize the model again with dynamic activations per token, or weights alone",
+                "quantize the model again with int8 activations, dynamic per token or static per "
+                "tensor, or weights alone",
             )
         if strategy == "tensor":
             self._note("activations are quantized per token, finer than per tensor as stored")

@@ -59,7 +59,7 @@ class RawLinear(nn.Module):
             raise LoadError(str(error), where=self.where, fix=DAMAGED) from error
         bias = self._bias()
         if dequantize is None:
-            return QuantizedLinear(made.weight, bias, made.activations, made.order)
+            return QuantizedLinear(made.weight, bias, made.activations, made.order, made.static)
         numbers = made.weight.dequantize(dequantize)
         if made.order is not None:
             numbers = torch.empty_like(numbers).index_copy_(1, made.order, numbers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import LoadError
-from graphopt.kernels.quantized import QuantizedWeight, Scheme
+from graphopt.kernels.quantized import QuantizedWeight, Scheme, Static
 
 Shape = tuple[int, ...]
 
@@ -40,11 +40,13 @@ class Linear(NamedTuple):
     Attributes:
         order: ``(K,)``, int64, or None: column ``k`` of the weight takes input ``order[k]``.
         activations: as ``graphopt::quantized_linear`` takes them.
+        static: what static ones are quantized by.
     """
 
     weight: QuantizedWeight
     order: Tensor | None = None
     activations: str = "none"
+    static: Static | None = None
 
 
 class Layout(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.kernels.quantized import QuantizedWeight, embedding, linear
+from graphopt.kernels.quantized import QuantizedWeight, Static, embedding, linear
 from graphopt.kernels.quantized.weight import OPERANDS
 
 PREFIX = "weight_"
@@ -52,6 +52,7 @@ class QuantizedLinear(_Stored):
         bias: ``(N,)``.
         activations: as ``graphopt::quantized_linear`` takes them.
         order: ``(K,)``, int64: column ``k`` of the weight takes input ``order[k]``.
+        static: what static activations are quantized by.
     """
 
     def __init__(
@@ -60,17 +61,18 @@ class QuantizedLinear(_Stored):
         bias: Tensor | None = None,
         activations: str = "none",
         order: Tensor | None = None,
+        static: Static | None = None,
     ) -> None:
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
-        self.activations = activations
+        self.activations, self.static = activations, static
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         self.register_buffer("order", order)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K)`` to ``(..., N)``, in the dtype of x."""
         columns = x if self.order is None else x.index_select(-1, self.order)
-        return linear(columns, self.weight, self.bias, self.activations)
+        return linear(columns, self.weight, self.bias, self.activations, self.static)
 
 
 class QuantizedEmbedding(_Stored):

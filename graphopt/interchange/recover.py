@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from graphopt.errors import ExportError
 from graphopt.interchange.folder import is_linear, sizes
 from graphopt.interchange.modules import QuantizedEmbedding, QuantizedLinear
-from graphopt.kernels.quantized import QuantizedWeight, Scheme
+from graphopt.kernels.quantized import QuantizedWeight, Scheme, Static
 from graphopt.kernels.quantized.remainder import weight_beside
+from graphopt.kernels.quantized.static import static_of
 from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.program import Program
 from graphopt.rewrite import arguments
@@ -33,6 +34,7 @@ class Product:
     activations: str
     bias: Tensor | None
     order: Tensor | None = None
+    static: Static | None = None
 
 
 @dataclass
@@ -108,7 +110,8 @@ class _Recovery:
             order = old.order if isinstance(old, QuantizedLinear) else None
             piece = weight.select(slice(start, start + rows))
             part = self._own_bias(module, part, node)
-            self.found.products[module] = Product(piece, given["activations"], part, order)  # type: ignore[arg-type]
+            kind: Any = given["activations"]
+            self.found.products[module] = Product(piece, kind, part, order, static_of(given))  # type: ignore[arg-type]
             start += rows
 
     def _weight(self, node: fx.Node, given: Mapping[str, Any]) -> QuantizedWeight:

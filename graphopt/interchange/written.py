@@ -65,7 +65,9 @@ def _compressed(products: Mapping[str, Product], plain: Iterable[str]) -> Writte
     tensors: dict[str, Tensor] = {}
     kinds: dict[CompressedTensors, list[str]] = {}
     for name, product in products.items():
-        made, layout = compressed_tensors.written(product.weight, product.activations)
+        made, layout = compressed_tensors.written(
+            product.weight, product.activations, product.static
+        )
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in made.items()}
         kinds.setdefault(layout, []).append(name)
     groups = {
@@ -101,17 +103,18 @@ def _group(layout: CompressedTensors, targets: list[str]) -> dict[str, Any]:
         weights["scale_dtype"] = "torch.float8_e4m3fn"
     if layout.format == MXFP4:
         weights["scale_dtype"] = "torch.uint8"
-    dynamic = {
+    is_dynamic = layout.activations == "dynamic"
+    activations = {
         "num_bits": 8,
         "type": kind,
-        "symmetric": True,
-        "strategy": "token",
-        "dynamic": True,
+        "symmetric": is_dynamic,
+        "strategy": "token" if is_dynamic else "tensor",
+        "dynamic": is_dynamic,
     }
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": dynamic if layout.activations == "dynamic" else None,
+        "input_activations": activations if layout.activations != "none" else None,
         "output_activations": None,
         "format": layout.format,
     }

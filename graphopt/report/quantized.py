@@ -16,7 +16,8 @@ class QuantizedLayer:
         shape: of the weight.
         dtype, bits, group_size, symmetric: what it is stored as; ``group_size`` is ``None`` where
             an output channel is one group.
-        activations: ``none`` (left as they are) or ``dynamic`` (in 8 bits as the model runs).
+        activations: ``none`` (left as they are), ``dynamic`` (in 8 bits as the model runs) or
+            ``static`` (in 8 bits by a scale that calibration found).
         bytes_before, bytes_after: of the weight, scales and zero points included.
         bytes_beside: of ``bytes_after``, what stands in floats beside codes.
         error: RMS error of what is computed with the weight, relative to the RMS of the same in

@@ -13,7 +13,8 @@ def format_text(layer: QuantizedLayer) -> str:
     kind = f"int{layer.bits}" if layer.dtype == "int" else layer.dtype
     groups = f"in groups of {layer.group_size}" if layer.group_size else "per channel"
     zeros = "" if layer.symmetric else " with zero points"
-    activations = f", activations {_rounded(layer)}" if layer.activations != "none" else ""
+    kinds = {"dynamic": f", activations {_rounded(layer)}", "static": ", activations static int8"}
+    activations = kinds.get(layer.activations, "")
     beside = ", floats beside" if layer.bytes_beside else ""
     return f"{kind} {groups}{zeros}{activations}{beside}"
 

@@ -79,6 +79,7 @@ class Rule:
         version: raised when the rule's behaviour changes; kept in certificates.
         tolerance: for lossy rules, the largest relative RMS error.
         lift: the option that allows a larger one.
+        doubt: what may be the cause where the error is larger, and what to do about it.
         gradient_tolerance: for rules whose operators filter their gradients, the largest relative
             RMS error of these. Without the filter they are held to `numeric`.
         caveat: what certificates say of it.
@@ -95,6 +96,7 @@ class Rule:
     version: ClassVar[int] = 1
     tolerance: float = 0.0
     lift: ClassVar[str | None] = None
+    doubt: str = ""
     gradient_tolerance: ClassVar[float] = 0.0
     caveat: ClassVar[str] = ""
     near: ClassVar[float] = 0.6

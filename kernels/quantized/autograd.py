@@ -1,9 +1,9 @@
 """The operators under autograd and autocast, and calls of them with a `QuantizedWeight`.
 
 The gradient of ``quantized_linear`` is that of a product with the dequantized weight, for quantized
-activations too (rounding, and the ends of a static range, are passed straight through); its own derivative is the same product, so
-that second derivatives are those of the product. Stored tensors have no gradient: asking for one
-is an error.
+activations too (rounding, and the ends of a static range, are passed straight through); its own
+derivative is the same product, so that second derivatives are those of the product. Stored tensors
+have no gradient: asking for one is an error.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def choose(case: Case, x: Tensor, weight: Weight, *static: Static) -> Path:
         if case.is_captured:
             return _unmeasured(can, len(x))
         on_gpu = case.device == "cuda"
-        can, measure = (_able(can, x, weight, *static), device_quartiles) if on_gpu else (can, quartiles)
+        can, measure = (
+            (_able(can, x, weight, *static), device_quartiles) if on_gpu else (can, quartiles)
+        )
         times = measure([partial(path.run, x, weight, None, *static) for path in can])
         _chosen[kind] = can[times.index(min(times))]
     return _chosen[kind]

@@ -100,9 +100,7 @@ def _conv(input: Tensor, *call: Any) -> Tensor:
     return made.contiguous(memory_format=_format(input))
 
 
-def _checked(
-    x: Tensor, weight: QuantizedWeight, call: Sequence[Any]
-) -> tuple[()] | tuple[Static]:
+def _checked(x: Tensor, weight: QuantizedWeight, call: Sequence[Any]) -> tuple[()] | tuple[Static]:
     """What static activations are quantized by, if they are."""
     check_call(x, call[4], weight.shape[0], weight.scheme, call[14])
     static = read(*call[14:])

@@ -204,7 +204,11 @@ def onednn_is_exact() -> bool:
     codes = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8, device="cpu")
     largest = torch.full_like(codes, 127)
     ones = torch.ones_like(bits)
-    tried = [(bits * 254 - 127, codes, 128), (ones * 127, largest, 128), (ones * -127, -largest, 128)]
+    tried = [
+        (bits * 254 - 127, codes, 128),
+        (ones * 127, largest, 128),
+        (ones * -127, -largest, 128),
+    ]
     tried += [(bits * 255 - zero, codes, zero) for zero in (0, 3, 255)]
     tried += [(ones * 255, largest, 0), (ones * -255, largest, 255)]
     for q, w, zero in tried:
@@ -269,7 +273,9 @@ def choose(case: Case, x: Tensor, weight: QuantizedWeight, *given: Static) -> Ru
     paths, kind = STATIC_PATHS if given else PATHS, (case, torch.get_num_threads())
     if kind not in _chosen:
         can = {name: run for name, (takes, run) in paths.items() if takes(case)}
-        calls = [partial(run, x, weight, None, case.window, *given) for run in can.values()]
+        calls: list[Callable[[], object]] = [
+            partial(run, x, weight, None, case.window, *given) for run in can.values()
+        ]
         times = quartiles(calls)
         _chosen[kind] = list(can)[times.index(min(times))]
     return paths[_chosen[kind]][1]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphopt.kernels.quantized import int4pack
 from graphopt.kernels.quantized.operator import quantized_linear_backward
+from graphopt.kernels.quantized.static import LAST, MIDDLE, Static, row_factors
 
 _LEAST = 1e-37
 """Of a scale: what is divided by it is finite."""
@@ -81,8 +82,50 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        codes, scales = ctx.saved_tensors
-        made = quantized_linear_backward(
-            grad.to(ctx.dtype), codes, scales, None, None, ctx.width, 8, "int", None, True
-        )
-        return made, None, None
+        return _input_gradient(ctx, grad), None, None
+
+
+def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    codes, scales = ctx.saved_tensors
+    made: Tensor = quantized_linear_backward(
+        grad.to(ctx.dtype), codes, scales, None, None, ctx.width, 8, "int", None, True
+    )
+    return made
+
+
+def static_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scale: float, zero: int
+) -> Tensor:
+    """The same with static activations: what `static.product` computes, on a CPU.
+
+    Args:
+        scale, zero: as a `Static` has them.
+    """
+    made = _StaticProduct.apply(x, codes, scales, scale, zero)
+    return made.to(x.dtype) if bias is None else (made + bias).to(x.dtype)
+
+
+class _StaticProduct(torch.autograd.Function):
+    """As `_Product`. The zero point is a product of one row, whose sums are those of the codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, scale: float, zero: int
+    ) -> Tensor:
+        given = Static(scale, zero)
+        ctx.save_for_backward(codes, scales)
+        ctx.dtype, ctx.width = x.dtype, x.shape[-1]
+        rows = x.reshape(-1, ctx.width)
+        scaled = rows.to(torch.promote_types(x.dtype, torch.float32)) * (1 / scale)
+        signed = (scaled.round() + given.signed).clamp(-MIDDLE, LAST - MIDDLE)
+        made = torch._int_mm(signed.to(torch.int8), codes.t())
+        if given.signed:
+            zeros = torch.full((1, ctx.width), given.signed, dtype=torch.int8)
+            made = made - torch._int_mm(zeros, codes.t())
+        channels = scales[:, 0].to(scaled.dtype)
+        made = made * channels * row_factors(rows, scale)
+        return made.reshape(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _input_gradient(ctx, grad), None, None, None, None

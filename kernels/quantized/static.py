@@ -1,7 +1,7 @@
 """Activations in 8 bits by one scale and one zero point for the tensor, found ahead of time.
 
-``q = clamp(round(x / scale) + zero, 0, 255)`` stands for ``(q - zero) * scale``; numbers beyond what
-0 and 255 stand for saturate (Jacob et al. 2018, "Quantization and training of neural networks for
+``q = clamp(round(x / scale) + zero, 0, 255)`` stands for ``(q - zero) * scale``; numbers beyond
+what 0 and 255 stand for saturate (Jacob et al. 2018, "Quantization and training of neural networks for
 efficient integer-arithmetic-only inference", section 2.1). The product is then
 ``y = scale * sum_g scale_g * ((q_g - zero) @ (codes_g - zero_g).T) + bias`` over the groups g of K,
 where products of codes are exact in int32 and the rest is float32, or float64 where x is. A row
@@ -14,7 +14,8 @@ product of one more row, in which every code is ``zero - 128``.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,9 +48,7 @@ class Static(NamedTuple):
         return -self.zero * self.scale, (LAST - self.zero) * self.scale
 
 
-def read(
-    activations: str, scale: float | None = None, zero: int = MIDDLE
-) -> Static | None:
+def read(activations: str, scale: float | None = None, zero: int = MIDDLE) -> Static | None:
     """The last arguments of an operator; None where activations are not static.
 
     Raises:
@@ -64,6 +63,12 @@ def read(
     if not 0 <= zero <= LAST:
         raise ValueError(f"input_zero is 0 to {LAST}, not {zero}")
     return Static(scale, zero)
+
+
+def static_of(given: Mapping[str, Any]) -> Static | None:
+    """Of the arguments of an operator, by name; an embedding has none."""
+    scale = given.get("input_scale")
+    return None if scale is None else Static(scale, given["input_zero"])
 
 
 def quantized(x: Tensor, given: Static) -> Tensor:

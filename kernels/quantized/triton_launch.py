@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from graphopt.kernels.quantized.gpu import on
-from graphopt.kernels.quantized.triton_dynamic import dynamic, quantize_rows, quantize_static, rescale
+from graphopt.kernels.quantized.static import Static
+from graphopt.kernels.quantized.triton_dynamic import (
+    dynamic,
+    quantize_rows,
+    quantize_static,
+    rescale,
+)
 from graphopt.kernels.quantized.triton_numbers import (
     dequantized,
     input_gradient,
@@ -20,7 +26,6 @@ from graphopt.kernels.quantized.triton_numbers import (
 )
 from graphopt.kernels.quantized.triton_weight_only import add_spans
 from graphopt.kernels.quantized.triton_weight_only import weight_only as _weight_only
-from graphopt.kernels.quantized.static import Static
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 __all__ = [

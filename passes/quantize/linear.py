@@ -45,6 +45,10 @@ STATIC = 0.06
 """Allowed besides with one scale for all of them: a range of 40 standard deviations comes to 0.045.
 """
 
+SATURATED = (
+    "what lies outside of the static range of its inputs saturates: calibrate on inputs like those "
+    "at hand, or leave them activations='dynamic'"
+)
 UNKNOWN = "calibration inputs show no range there, so that rows have scales of their own"
 
 
@@ -74,6 +78,7 @@ class QuantizeLinear(Rule):
             loss *= 4  # E4M3 has 3 bits behind the point
         allowed = {"dynamic": ACTIVATIONS, "static": STATIC}
         usual = min(0.9, loss + allowed.get(activations, 0.0))
+        self.doubt = SATURATED if activations == "static" else ""
         self.tolerance = usual if settings.tolerance is None else settings.tolerance
 
     def prepare(self) -> Iterable[Pass]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from graphopt.emit.onnx_quantized.slots import EMBEDDING, LINEAR
 from graphopt.errors import ExportError
 from graphopt.kernels.quantized import QuantizedWeight, Scheme, Static
+from graphopt.kernels.quantized.static import static_of
 from graphopt.kernels.quantized.weight import OPERANDS
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, arguments
@@ -93,13 +94,8 @@ def _call(
         val(given["indices" if node.target is _EMBEDDING else "input"]).dim(),
         len(uses[codes]) == 2,
         source_line(node),
-        _static(given),
+        static_of(given),
     )
-
-
-def _static(given: Mapping[str, Any]) -> Static | None:
-    scale = given.get("input_scale")
-    return None if scale is None else Static(scale, given["input_zero"])
 
 
 def _weight(program: Program, node: fx.Node) -> QuantizedWeight:

@@ -43,7 +43,7 @@ def _every_form(call: Call) -> Iterator[Form]:
         return
     if call.static is not None:
         if found is not None and call.scheme.dtype == "int":
-            yield from static.products(call, found)
+            yield from static.products(found)
             yield from qdq.products(call, found)
         return
     if call.activations == "dynamic" and found is not None and not call.tied:

@@ -23,7 +23,7 @@ from graphopt.emit.onnx_quantized.qdq import Rounded, rounded
 Multiply = Callable[[Emitter, Product, Integers, Rounded], Any]
 
 
-def products(call: Call, found: Integers) -> Iterator[Form]:
+def products(found: Integers) -> Iterator[Form]:
     """Forms of a product with a scale for each output channel; none for groups."""
     if found.scales.shape[1] != 1:
         return

@@ -61,7 +61,8 @@ def no_definition(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the definition ran")
 
     plain = [
-        p._replace(run=refuse) if p.name in ("definition", "dynamic", "static") else p for p in paths.PATHS
+        p._replace(run=refuse) if p.name in ("definition", "dynamic", "static") else p
+        for p in paths.PATHS
     ]
     monkeypatch.setattr(paths, "PATHS", tuple(plain))
     monkeypatch.setattr(paths, "_found", {})
