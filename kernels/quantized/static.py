@@ -1,8 +1,8 @@
 """Activations in 8 bits by one scale and one zero point for the tensor, found ahead of time.
 
 ``q = clamp(round(x / scale) + zero, 0, 255)`` stands for ``(q - zero) * scale``; numbers beyond
-what 0 and 255 stand for saturate (Jacob et al. 2018, "Quantization and training of neural networks for
-efficient integer-arithmetic-only inference", section 2.1). The product is then
+what 0 and 255 stand for saturate (Jacob et al. 2018, "Quantization and training of neural networks
+for efficient integer-arithmetic-only inference", section 2.1). The product is then
 ``y = scale * sum_g scale_g * ((q_g - zero) @ (codes_g - zero_g).T) + bias`` over the groups g of K,
 where products of codes are exact in int32 and the rest is float32, or float64 where x is. A row
 that holds NaN or infinity gives no finite number.

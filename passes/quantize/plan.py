@@ -83,7 +83,8 @@ def calibrate(
 class Settings:
     """Scheme of the weights, how they get there, whether activations are quantized too, what stands
     beside codes, the error that is allowed, the steps in which blocks learn, how ranges of static
-    activations are found, weights whose format differs, and what rows count by in second moments."""
+    activations are found, weights whose format differs, and what rows count by in second moments.
+    """
 
     scheme: Scheme
     methods: Methods

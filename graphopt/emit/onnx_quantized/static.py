@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from graphopt.emit.onnx_quantized.calls import Call
 from graphopt.emit.onnx_quantized.dynamic import channel_scales, signed_codes
 from graphopt.emit.onnx_quantized.emitter import Emitter
 from graphopt.emit.onnx_quantized.form import Form, Product
