@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from graphopt.passes.canonicalize import (
     asserts,
+    broadcasts,
     copies,
     dims,
     gradients,
@@ -44,6 +45,7 @@ class Canonicalize(Pass):
             views.PermuteOfPermute(),
             views.ExpandOfExpand(),
             views.SplitForm(),
+            broadcasts.BroadcastForm(),
             views.NothingAdded(),
             gradients.InertDetach(),
             dims.DimForm(),

@@ -130,6 +130,35 @@ def gathered(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
     return t.body(aten.gather.default, t.values[main], 1, names)
 
 
+@handles("scatter", "scatter_add")
+def scattered(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
+    """Values written to, or added to, the classes of each row that an index names."""
+    main = given["self"]
+    if main not in t.values:
+        return Refusal(f"`{main.name}` is written to", node)
+    if refusal := t.only_classes(node, dims_named(node, given["dim"])):
+        return refusal
+    beside = {k: given[k] for k in ("index", "src") if isinstance(given.get(k), fx.Node)}
+    if not all(_same_rows(t, main, n) for n in beside.values()):
+        return Refusal("the index may name fewer rows than there are", node, _ONE_NAME)
+    placed = {k: t.beside(n, main, node) for k, n in beside.items()}
+    if refusal := next((v for v in placed.values() if isinstance(v, Refusal)), None):
+        return refusal
+    return called(t, node, {**given, **placed, "self": t.values[main], "dim": 1})
+
+
+@handles("zeros_like", "ones_like", "full_like", "fill")
+def constant(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
+    """One number in every place."""
+    number = given.get("fill_value", given.get("value", name_of(node) == "ones_like"))
+    if isinstance(number, fx.Node):
+        return Refusal("what it is filled with is computed", node)
+    if val(given["self"]).device != val(node).device:
+        return Refusal("it moves rows to another device", node)
+    like = t.body(aten.detach.default, t.values[given["self"]])
+    return t.body(aten.full_like.default, like, number, dtype=val(node).dtype)
+
+
 _ONE_NAME = "dynamic_shapes, with one name for axes of one size"
 
 

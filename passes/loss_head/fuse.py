@@ -195,6 +195,7 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
     inside = dict.fromkeys(n for t in translations for n in t.inside)
     remade = dict.fromkeys(n for t in translations for n in t.remade)
     bound = {"translations": translations, "lazy": later or {}}
+    bound |= {f"given {node.name}": node for t in translations for node in t.given}
     roots = sorted([*roots, *(later or ())])
     idle = dict.fromkeys(u for node in inside for u in node.users if is_idle(u))
     made = dict.fromkeys(p.made for p in group)

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.analysis.axes import rule_of
 from graphopt.analysis.axis_rules import pointwise
+from graphopt.analysis.axis_rules.losses import elementwise_loss
 from graphopt.errors import IllegalRewriteError
 from graphopt.passes.loss_head.products import LargeProduct
 from graphopt.passes.loss_head.registry import dims_named, name_of
@@ -38,7 +39,7 @@ def path(node: fx.Node, products: Mapping[fx.Node, LargeProduct]) -> list[fx.Nod
 
     def leads(value: fx.Node) -> bool:
         if value not in found:
-            found[value] = value in products or any(map(leads, [*_operands(value)]))
+            found[value] = value in products or any(map(leads, _operands(value)))
         return found[value]
 
     selected = _operands(node)
@@ -109,7 +110,10 @@ def acts_on_rows(node: fx.Node) -> bool:
         given = arguments(node)
         keeps = given.get("keepdim", True)
         return bool(keeps) and dims_named(node, given.get("dim")) == {val(node).dim() - 1}
-    return rule_of(node.target) in (pointwise.elementwise, pointwise.same)
+    rule = rule_of(node.target)
+    if rule is elementwise_loss:
+        return arguments(node)["reduction"] == 0
+    return rule in (pointwise.elementwise, pointwise.same)
 
 
 class Selected:
@@ -128,6 +132,7 @@ class Selected:
     ) -> None:
         self.products, self.inner, self.build = products, inner, build
         self.hidden: list[fx.Node] = []
+        self._made: dict[tuple[fx.Node, ...], fx.Node] = {}
 
     def of(self, node: fx.Node, moves: Sequence[fx.Node]) -> fx.Node:
         """What the moves make of a value on the path.
@@ -135,6 +140,12 @@ class Selected:
         Args:
             moves: operators that move rows, in the order in which they are applied.
         """
+        key = (node, *moves)
+        if key not in self._made:
+            self._made[key] = self._of(node, moves)
+        return self._made[key]
+
+    def _of(self, node: fx.Node, moves: Sequence[fx.Node]) -> fx.Node:
         if node in self.products:
             return self._product(self.products[node], moves)
         if node.target in _COPIES:

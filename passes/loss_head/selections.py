@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from graphopt.passes.loss_head.heads import CLASSES, DYNAMIC, HEADS, Head, case
+from graphopt.passes.loss_head.heads import CLASSES, DYNAMIC, HEADS, Head, case, masked_divergence
 from graphopt.rewrite import Example
 
 _ALL = ("masked", "answers", "found", "sampled", "masked teacher", "positions")
@@ -29,6 +29,7 @@ def examples() -> Iterator[Example]:
     yield case("many", _many, training=True)
     yield case("beside others", _beside, training=True)
     yield case("normalised", _normalised, training=True)
+    yield case("divergence", masked_divergence, training=True)
     yield case("none", lambda m, h, t: m.logits(h)[t > CLASSES].amax(-1).sum(), training=True)
 
 

@@ -68,6 +68,13 @@ class Translation:
         """Every node that is translated."""
         return [*self.values, *self.totals, *self.columns]
 
+    @property
+    def given(self) -> list[fx.Node]:
+        """Values of the program that the body and its products are computed from."""
+        factors = [n for p in self.products for n in (p.hidden.node, p.weight.node, p.bias)]
+        rows = [given.node for given in self.row_inputs.values()]
+        return [n for n in (*factors, *rows, *self.whole_inputs.values()) if isinstance(n, fx.Node)]
+
     # The axes.
 
     def place(self, node: fx.Node) -> Placement | None:
@@ -138,7 +145,7 @@ class Translation:
             self.totals[node] = total
             return None
         if late := next((a for a in node.all_input_nodes if a in self.outside), None):
-            return Refusal(f"`{late.name}` is computed outside", late)
+            return self.outside[late]
         if node in self.flow.unknown:
             return Refusal(self.flow.unknown[node].reason, node)
         handler = handler_of(node)

@@ -50,7 +50,7 @@ def elementwise(call: Call) -> Outcome:
 
 
 @rule(
-    "alias", "detach", "lift_fresh", "lift_fresh_copy", "lift", "contiguous", "_to_copy",
+    "alias", "clone", "detach", "lift_fresh", "lift_fresh_copy", "lift", "contiguous", "_to_copy",
     "to.dtype", "to.device", "to.dtype_layout", "to.other", "to.prim_dtype",
     "type_as", "_conj", "_neg_view", "resolve_conj", "resolve_neg",
 )  # fmt: skip
