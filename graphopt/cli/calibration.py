@@ -26,10 +26,19 @@ def calibration_of(path: str | None, subject: Subject) -> list[dict[str, Any]] |
     """
     if path is None:
         return None
-    example = subject.inputs.kwargs
+    example = subject.inputs.kwargs or _captured(subject)
     if Path(path).suffix.lower() == ".txt":
         return _text(path, subject)
     return list(_batches(from_file(path).kwargs, example))
+
+
+def _captured(subject: Subject) -> dict[str, Any]:
+    """Example inputs of a ``.pt2`` that come by name, or one by one under the names of arguments."""
+    if subject.module is not None:
+        return {}
+    program = subject.capture()[0]
+    named = zip(program.user_inputs(), program.example_inputs, strict=False)
+    return {node.name: value for node, value in named}
 
 
 def _batches(given: Mapping[str, Any], example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ _UNARY = (
     " log_sigmoid_forward real isreal special_expit special_erf special_erfc special_exp2"
     " special_expm1 special_log1p"
 )
-_SAME = "alias detach lift_fresh lift_fresh_copy lift contiguous _neg_view resolve_neg"
+_SAME = "alias clone detach lift_fresh lift_fresh_copy lift contiguous _neg_view resolve_neg"
 _ALL_DIMS = (
     "sum nansum mean nanmean prod amax amin max min argmax argmin var std"
     " median nanmedian var_mean std_mean norm.Scalar aminmax linalg_vector_norm"

@@ -169,7 +169,7 @@ def test_a_tied_head_is_asked_for_by_either_name() -> None:
         ({"up": {"bits": True}}, "'up': bits=True should be int"),
         ({"up": {"dtype": "nf4", "bits": 8}}, "'up': nf4 has 4 bits"),
         ({"up": {"bits": 8}, "down": {"dtype": "nf4", "bits": 8}}, "'down': nf4"),
-        ({"up": {"activations": "static"}}, "'up': activations='static'"),
+        ({"up": {"activations": "some"}}, "'up': activations='some'"),
         ({"up": 8}, "'up' is given 8"),
         ({"up": {}}, "'up' is given {}"),
         ({3: {"bits": 8}}, "a pattern is the name of weights, not 3"),

@@ -133,8 +133,10 @@ def test_in_training_nothing_is_folded_and_gradients_are_those_of_eager(limits):
     for batch in (x, torch.randn(5, 8, dtype=dtype)):
         made, wanted = gradients(fast, batch), gradients(twin, batch)
         assert made.keys() == wanted.keys()
+        # Attention here looks at one key alone: what is left of q's and k's gradients is rounding.
+        floor = 1e-2 * max(gradient.norm() for gradient in wanted.values())
         for name, gradient in wanted.items():
-            error = (made[name] - gradient).norm() / gradient.norm().clamp(min=1e-3)
+            error = (made[name] - gradient).norm() / gradient.norm().clamp(min=floor)
             assert error < limit, name
     torch.testing.assert_close(fast.state_dict(), twin.state_dict())
 
