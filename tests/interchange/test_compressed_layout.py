@@ -12,7 +12,7 @@ from torch import Tensor
 from graphopt.errors import LoadError
 from graphopt.interchange.compressed_tensors import CompressedTensors, refusal, written
 from graphopt.interchange.declared import declared
-from graphopt.kernels.quantized import QuantizedWeight, Scheme, quantize
+from graphopt.kernels.quantized import QuantizedWeight, Scheme, Static, quantize
 
 SHAPE = (96, 64)
 
@@ -116,6 +116,25 @@ def test_what_is_written_is_read_again(scheme: Scheme, activations: str) -> None
             torch.testing.assert_close(same, tensor, rtol=2e-7, atol=0)
         else:
             assert torch.equal(same.view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize("static", [Static(0.015625, 3), Static(0.25, 128), Static(2.0, 255)])
+def test_static_activations_are_written_and_read_again(static: Static) -> None:
+    weight = quantize(torch.randn(50, 96), Scheme(8))
+    tensors, layout = written(weight, "static", static)
+    for leaf, want in layout.wanted(50, 96).items():
+        if not want.optional:
+            assert tuple(tensors[leaf].shape) in want.shapes
+            assert tensors[leaf].dtype in want.dtypes
+    found = layout.read(tensors, 50, 96)
+    assert (found.activations, found.static) == ("static", static)
+    whole = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+    given = config(input_activations=whole, format="int-quantized", num_bits=8)
+    plain = declared(given, "config.json").layout("q_proj")
+    assert isinstance(plain, CompressedTensors)
+    assert (plain.activations, plain.zero_input) == ("static", False)
+    with pytest.raises(ValueError, match="input_scale is 0"):
+        layout.read(tensors | {"input_scale": torch.zeros(1)}, 50, 96)
 
 
 def test_what_the_formats_cannot_hold() -> None:

@@ -257,3 +257,24 @@ def test_transformers_with_the_library_computes_the_same(
     graphopt.export_huggingface(fast, tmp_path / "out", model)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert error(logits(theirs), logits(fast)) < 2e-6
+
+
+def test_static_activations_go_out_and_come_back(tmp_path: Path) -> None:
+    model = llama()
+    fast = graphopt.compile(
+        model,
+        example_kwargs=CALL,
+        calibration=[CALL],
+        passes=[QuantizeMatmul(activations="static")],
+        measure=False,
+    )
+    graphopt.export_huggingface(fast, tmp_path / "out", model)
+    tensors, facts = held(tmp_path / "out")
+    group = facts["config_groups"]["group_0"]
+    kind = group["input_activations"]
+    assert (kind["dynamic"], kind["strategy"], kind["symmetric"]) == (False, "tensor", False)
+    calls = [n for n in fast.program.graph.nodes if "quantized_linear" in str(n.target)]
+    scales = {float(t) for name, t in tensors.items() if name.endswith("input_scale")}
+    assert scales == {arguments(n)["input_scale"] for n in calls}
+    again = load_model(tmp_path / "out").module
+    assert error(logits(again), fast(**CALL)[0]) < 2e-3

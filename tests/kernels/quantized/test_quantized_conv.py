@@ -155,7 +155,7 @@ def test_an_empty_batch() -> None:
         (torch.ones(3, 9, 9, 8), {"groups": 2}, "2 groups do not divide"),
         (torch.ones(3, 9, 9, 8), {}, "codes are"),
         (torch.ones(3, 8, 9, 8), {"bias": torch.ones(3)}, "12 output channels"),
-        (torch.ones(3, 8, 9, 8), {"activations": "static"}, "not one of none, dynamic"),
+        (torch.ones(3, 8, 9, 8), {"activations": "fixed"}, "not one of none, dynamic, static"),
     ],
 )
 def test_calls_that_do_not_fit(x: Tensor, options: dict[str, Any], reason: str) -> None:

@@ -196,8 +196,8 @@ def test_what_does_not_fit_is_refused() -> None:
     weight, x = made(Scheme(4, "nf4", 32)), torch.randn(2, WIDTH)
     with pytest.raises(ValueError, match="dtype int and fp8 have"):
         linear(x, weight, None, "dynamic")
-    with pytest.raises(ValueError, match="not one of none, dynamic"):
-        linear(x, weight, None, "static")
+    with pytest.raises(ValueError, match="not one of none, dynamic, static"):
+        linear(x, weight, None, "fixed")
     with pytest.raises(ValueError, match="codes are"):
         linear(x[:, :64], weight)
     with pytest.raises(ValueError, match="40 output channels"):
