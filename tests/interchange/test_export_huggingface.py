@@ -26,6 +26,7 @@ from graphopt.kernels.quantized import Scheme, quantize
 from graphopt.loading import load_model
 from graphopt.passes import QuantizeMatmul
 from graphopt.presets import resolve
+from graphopt.rewrite import arguments
 
 CALL = {"input_ids": IDS, "use_cache": False}
 W4 = {"bits": 4, "group_size": 32, "activations": None}

@@ -249,7 +249,7 @@ def test_experts_that_are_never_asked_have_rows_of_their_own(method: str) -> Non
     seen, example = [torch.rand(8, WIDTH) for _ in range(3)], torch.rand(8, WIDTH)
     example[:4, 0] -= 1  # for the second
     fast = quantized(
-        QuantizeMatmul(activations="static", method=method),
+        QuantizeMatmul(activations="static", method=method, tolerance=0.3),  # 0 to 1 is narrow
         module,
         example_inputs=(example,),
         calibration=seen,
