@@ -216,7 +216,7 @@ def test_on_the_command_line_and_in_recipes(tmp_path: Path) -> None:
     steps = resolve(str(tmp_path / "recipe.yaml"))
     assert steps[-1] == QuantizeMatmul(activations="static", ranges=99.9)
     graphopt.save(graphopt.compile(model(), example_inputs=(batches(1)[0],)), tmp_path / "m.pt2")
-    torch.save({"x": batches(1)[0]}, tmp_path / "seen.pt")
+    torch.save({"x": torch.cat(batches())}, tmp_path / "seen.pt")
     given = ["optimize", str(tmp_path / "m.pt2"), "--pass", spelled]
     with pytest.raises(SystemExit) as ended:
         main([*given, "-o", str(tmp_path / "o.pt2")])
