@@ -33,7 +33,7 @@ def calibration_of(path: str | None, subject: Subject) -> list[dict[str, Any]] |
 
 
 def _captured(subject: Subject) -> dict[str, Any]:
-    """Example inputs of a ``.pt2`` that come by name, or one by one under the names of arguments."""
+    """Example inputs of a ``.pt2``, under the names of its arguments."""
     if subject.module is not None:
         return {}
     program = subject.capture()[0]
