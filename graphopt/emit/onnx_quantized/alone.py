@@ -15,6 +15,7 @@ from graphopt.emit.onnx_quantized.emitter import MICROSOFT, Emitter
 from graphopt.emit.onnx_quantized.form import Form, Product
 from graphopt.kernels.quantized import QuantizedWeight
 from graphopt.kernels.quantized.definition import embedding, weight_only
+from graphopt.kernels.quantized.static import quantized
 
 EXACT = 2e-5
 """Relative RMS error allowed of forms that leave activations as they are."""
@@ -23,6 +24,9 @@ ROUNDING = 0.0083
 it. A form may add as much, not more."""
 ACTIVATIONS = 0.03
 """Allowed of activations in 8 bits, as it is where they are rounded in torch."""
+SAME = 1e-3
+"""Allowed of static activations beside the same in float64: a code in thousands may be its
+neighbour. Weights in groups may become `MatMulNBits`, which rounds once more."""
 ALIKE, SHARED = 1.1, 1.5
 """Times the error of torch that a form may have; and one with a scale for the whole tensor, whose
 result for one row depends on the others."""
@@ -72,8 +76,10 @@ def attempt(form: Form, call: Call, x: Tensor, opset: int, own: float = 0.0) -> 
     session = alone(form, call, x.ndim, x.dtype, opset)
     run = partial(session.run, None, {"x": x.numpy()})
     wanted = exact(call, x)
-    error, gain = difference(torch.from_numpy(run()[0]), wanted)
-    fault = _fault(allowance(form, call, own), error, gain, wanted.numel())
+    made = torch.from_numpy(run()[0])
+    error, gain = difference(made, wanted)
+    held = (error, gain) if call.static is None else difference(made, stated(call, x))
+    fault = _fault(allowance(form, call, own), *held, wanted.numel())
     return Trial(form, error, gain, fault, run)
 
 
@@ -98,7 +104,7 @@ def allowance(form: Form, call: Call, own: float) -> float:
     if call.activations == "dynamic":
         return min(ACTIVATIONS, SHARED * own) if form.shares else max(ACTIVATIONS, ALIKE * own)
     if call.static is not None:
-        return max(ACTIVATIONS, ALIKE * own)
+        return SAME if call.weight.scales.shape[1] == 1 else ACTIVATIONS
     return min(ACTIVATIONS, ROUNDING * 2 ** (8 - call.scheme.bits))
 
 
@@ -109,6 +115,13 @@ def exact(call: Call, x: Tensor) -> Tensor:
         return embedding(x, weight, torch.float64)
     flat = weight_only(x.double().reshape(-1, weight.width), weight, None)
     return flat.view(*x.shape[:-1], weight.shape[0])
+
+
+def stated(call: Call, x: Tensor) -> Tensor:
+    """The same with x as static activations leave it, cut off at the ends of their range."""
+    assert call.static is not None
+    codes = quantized(x.double(), call.static) - call.static.signed
+    return exact(call, codes * call.static.scale)
 
 
 def alone(form: Form, call: Call, rank: int, dtype: torch.dtype, opset: int) -> Any:
