@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from graphopt.errors import IllegalRewriteError, VerificationError
@@ -29,6 +29,10 @@ from graphopt.verify.whole import hash_inputs
 LOSS = 2.0
 """What outputs may be off by, times what lossy rewrites come to. Errors that do not know of each
 other add up as the root of the sum of their squares."""
+DRAWN = (
+    "positions of a cache were drawn: what attends to them loses any amount to rounding, and each "
+    "lossy rewrite is held to its bound by itself alone"
+)
 
 ROUNDS = 8
 """Times a pass is replayed after rewrites were taken back before it is given up."""
@@ -331,8 +335,11 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
     attends = tolerance is not None and bool(cached_inputs(original))
     for index, inputs in enumerate(context.inputs):
         seen = context.quantized.seen(index, outputs)
-        allowed = math.inf if attends and index in context.drawn else tolerance
+        drawn = attends and index in context.drawn
+        allowed = math.inf if drawn else tolerance
         certificate, ok = _certify_once(original, optimized, inputs, allowed, name, seen)
+        if drawn:
+            certificate = replace(certificate, notes=(*certificate.notes, DRAWN))
         context.report.whole.append(certificate)
         sound &= ok
     context.quantized.outputs = outputs.rows

@@ -94,6 +94,8 @@ def rounded_twin(model: Any) -> Any:
 def test_a_quantized_model_generates_what_its_rounded_twin_does(pair: tuple[Any, Any]) -> None:
     model, made = pair
     assert made.report.verified
+    told = [any("cache were drawn" in note for note in c.notes) for c in made.report.whole]
+    assert not any(told[:2]) and any(told[2:])  # the capture itself and its inputs are held
     twin = rounded_twin(model)
     prompt = torch.randint(192, (1, 7))
     found = generate(made, padding(model), prompt, 12)
