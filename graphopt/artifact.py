@@ -18,6 +18,7 @@ from graphopt.loading.named_returns import without_names
 from graphopt.loading.side_file import SIDE_FILE, SideFile, applied, parsed, written
 from graphopt.program import Program
 from graphopt.report.model import Report
+from graphopt.signature import is_cache
 
 if TYPE_CHECKING:
     from graphopt.loading import LoadedModel
@@ -59,18 +60,18 @@ def _exported(program: Program) -> tuple[ExportedProgram, dict[str, str]]:
         plain, returns = without_names(program.call.out_spec)
         program.call = replace(program.call, out_spec=plain)
     exported = to_exported(program)
-    given = pytree.tree_map(_flat_cache, exported.example_inputs, is_leaf=_is_cache)
+    given = pytree.tree_map(_flat_cache, exported.example_inputs, is_leaf=_holds_cache)
     exported._example_inputs = given
     return exported, returns
 
 
-def _is_cache(value: Any) -> bool:
-    return type(value).__name__.endswith("Cache")
+def _holds_cache(value: Any) -> bool:
+    return is_cache(type(value))
 
 
 def _flat_cache(value: Any) -> Any:
     """The tensors of a cache: examples are tensors in a file, which builds no other objects."""
-    return pytree.tree_leaves(value) if _is_cache(value) else value
+    return pytree.tree_leaves(value) if _holds_cache(value) else value
 
 
 def _write(exported: ExportedProgram, path: Path, text: str, where: str) -> None:

@@ -10,6 +10,11 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 
+def is_cache(kind: Any) -> bool:
+    """Whether a class holds keys and values of positions seen before; all of them are named so."""
+    return getattr(kind, "__name__", "").endswith("Cache")
+
+
 class InputKind(StrEnum):
     """What a placeholder stands for."""
 

@@ -16,23 +16,18 @@ def spelled_for_runtime(program: Program) -> Program:
 
     Attention with grouped heads reads keys and values where they are, group by group: translated,
     they would be repeated and transposed for every call, which for one new token is most of its
-    time. A norm without a scale has one of ones: norms that have one are fused.
+    time.
     """
-    twin = program.copy()
-    grouped = [n for n in _calls(twin, aten.scaled_dot_product_attention.default) if _groups(n) > 1]
-    bare = [n for n in _calls(twin, aten.rms_norm.default) if arguments(n)["weight"] is None]
-    for node in grouped:
-        _replace(node, _attention(node, Builder(twin, node, "spelled", folds=False)))
-    _give_scales(twin, bare)
-    if not grouped and not bare:
+    twin, target = program.copy(), aten.scaled_dot_product_attention.default
+    calls = twin.graph.find_nodes(op="call_function", target=target)
+    if not (grouped := [node for node in calls if _groups(node) > 1]):
         return program
+    for node in grouped:
+        made = _attention(node, Builder(twin, node, "spelled", folds=False))
+        node.replace_all_uses_with(made, propagate_meta=False)
     twin.graph.eliminate_dead_code()
     twin.lint()
     return twin.recompile()
-
-
-def _calls(program: Program, target: object) -> list[fx.Node]:
-    return list(program.graph.find_nodes(op="call_function", target=target))
 
 
 def _groups(node: fx.Node) -> int:
@@ -46,8 +41,10 @@ def _groups(node: fx.Node) -> int:
     return int(query.shape[1] // key.shape[1]) if fits else 1
 
 
-def _replace(node: fx.Node, made: fx.Node) -> None:
-    node.replace_all_uses_with(made, propagate_meta=False)
+def _size(node: fx.Node, dim: int, build: Builder) -> object:
+    """An extent, read off the tensor where it is no number."""
+    extent = val(node).shape[dim]
+    return extent if isinstance(extent, int) else build(aten.sym_size.int, node, dim)
 
 
 def _attention(node: fx.Node, build: Builder) -> fx.Node:
@@ -55,10 +52,7 @@ def _attention(node: fx.Node, build: Builder) -> fx.Node:
     given = arguments(node)
     query, key, mask = given["query"], given["key"], given["attn_mask"]
     heads, count, width = val(key).shape[1], _groups(node), val(query).shape[3]
-    rows = build(aten.sym_size.int, query, 2) if not isinstance(val(query).shape[2], int) else None
-    batch = build(aten.sym_size.int, query, 0) if not isinstance(val(query).shape[0], int) else None
-    batch = val(query).shape[0] if batch is None else batch
-    rows = val(query).shape[2] if rows is None else rows
+    batch, rows = (_size(query, dim, build) for dim in (0, 2))
     scale = width**-0.5 if given["scale"] is None else given["scale"]
     scaled = build(aten.mul.Tensor, query, scale)
     together = build(aten.reshape.default, scaled, [batch, heads, -1, width])
@@ -94,16 +88,3 @@ def _masked(
     least = torch.finfo(val(scores).dtype).min
     added: fx.Node = build(aten.masked_fill.Scalar, apart, hidden, least)
     return added
-
-
-def _give_scales(program: Program, norms: list[fx.Node]) -> None:
-    ones: dict[tuple[object, ...], fx.Node] = {}
-    for node in norms:
-        given = arguments(node)
-        kind = (tuple(given["normalized_shape"]), val(node).dtype)
-        if kind not in ones:
-            build = Builder(program, node, "spelled", folds=False)
-            ones[kind] = build.state(
-                "ones", torch.ones(given["normalized_shape"], dtype=val(node).dtype)
-            )
-        node.args = (given["input"], given["normalized_shape"], ones[kind], given["eps"])

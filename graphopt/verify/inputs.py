@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphopt.conditions import condition
 from graphopt.program import Program, val
+from graphopt.signature import is_cache
 
 SEED = 7041
 
@@ -71,7 +72,7 @@ def cached_inputs(program: Program) -> set[int]:
         if spec.is_leaf():
             found |= {index} if inside else set()
             index += 1
-        inside = inside or getattr(spec.type, "__name__", "").endswith("Cache")
+        inside = inside or is_cache(spec.type)
         pending += [(child, inside) for child in reversed(spec.children())]
     values = program.example_inputs
     return {i for i in found if isinstance(values[i], Tensor) and values[i].dim() == 4}

@@ -63,8 +63,9 @@ class Importance:
     ) -> None:
         self.kind, self.links, self.unknown = kind, dict[fx.Node, Link](), dict[fx.Node, str]()
         self.received: dict[fx.Node, list[Tensor]] = {}
-        self.sizes = [_sizes(program, sample) for sample in samples]
+        self.sizes: list[dict[sympy.Symbol, int]] = []
         if kind == "attention":
+            self.sizes = [_sizes(program, sample) for sample in samples]
             flows = _flows(program.graph)
             for product in products:
                 self._link(product, flows)

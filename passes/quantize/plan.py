@@ -206,18 +206,19 @@ class Calibration:
         return weight
 
     def _quantize(self, weight: fx.Node) -> None:
-        products = [n for n, w in self.weight_of.items() if w is weight]
-        self._place(weight, self._make(weight, self._seen(products)))
+        self._place(weight, self._make(weight, self._seen(self._products(weight))))
+
+    def _products(self, weight: fx.Node) -> list[fx.Node]:
+        return [n for n, w in self.weight_of.items() if w is weight]
 
     def _place(self, weight: fx.Node, found: Split) -> None:
         """Later products see a weight quantized."""
         self.made[self.program.target_of(weight) or weight.name] = found
-        products = [n for n, w in self.weight_of.items() if w is weight]
         stream, activations = self.observed.stream, self.at(weight).by_rows
         if activations == "none":
             stream.weight(weight, found.dense().to(val(weight).dtype))
             return
-        for product in products:
+        for product in self._products(weight):
             stream.replace(product, partial(product_of, found, activations, None))
 
     def at(self, weight: fx.Node) -> Settings:
@@ -236,15 +237,13 @@ class Calibration:
         looked_up = weight in self.looked_up
         tensor, moved = self._served(weight, seen)
         found, note = made(tensor, self.at(weight), seen, looked_up=looked_up)
-        note = "; ".join(filter(None, (moved, note)))
+        notes = [moved, note, self._unweighted(weight)]
         if seen is None and not self.blind:
             self.unseen.add(name)
-            none = f"`{name}` saw no calibration rows: it is rounded to nearest"
-            note = f"{none}; {note}" if note else none
-        note = "; ".join(filter(None, (note, self._unweighted(weight))))
+            notes.insert(0, f"`{name}` saw no calibration rows: it is rounded to nearest")
         self.made[name] = found
-        if note:
-            self.notes[name] = note
+        if any(notes):
+            self.notes[name] = "; ".join(filter(None, notes))
         return found
 
     def _served(self, weight: fx.Node, seen: Seen | None) -> tuple[Tensor, str]:
@@ -252,15 +251,12 @@ class Calibration:
         tensor = self.program.state[self.program.target_of(weight) or weight.name]
         if self.propagation is None or seen is None:
             return tensor, ""
-        return self.propagation.served(
-            tensor, [n for n, w in self.weight_of.items() if w is weight]
-        )
+        return self.propagation.served(tensor, self._products(weight))
 
     def _unweighted(self, weight: fx.Node) -> str:
         """Why rows count the same, where they should not."""
         unknown = self.observed.importance.unknown
-        found = (unknown.get(n) for n, w in self.weight_of.items() if w is weight)
-        return next(filter(None, found), "")
+        return next(filter(None, map(unknown.get, self._products(weight))), "")
 
 
 def products_of(match: Match) -> list[fx.Node]:

@@ -8,13 +8,16 @@ give ``W x0``; the matrix that comes nearest to it on what there is to multiply 
 with a = 1 and a small damping d (least squares; Arai & Ichikawa 2025, "Quantization Error
 Propagation"; Li et al. 2025, "GPTAQ", solve the same problem column by column). W' takes the place
 of W when codes are chosen. On few inputs it would learn what is peculiar to them: a, between 0 and
-1, is what serves best where W' is made of one half of the inputs and judged on the other.
+1, is what serves best where W' is made of one half of the inputs and judged on the other. Rows
+count the same here, whatever their `importance`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,20 +31,46 @@ DAMPING = 0.01
 """Share of the mean of H's diagonal, as `gptq` has it."""
 
 
-class Half(NamedTuple):
-    """Sums over half of the rows, ``(K, K)`` each, float32."""
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Over some of the rows, ``(K, K)`` each, float32."""
 
     drift: Tensor
     moment: Tensor
 
-    def __add__(self, other: object) -> Half:
-        assert isinstance(other, Half)
-        return Half(self.drift + other.drift, self.moment + other.moment)
+    def joined(self, other: Sums) -> Sums:
+        return Sums(self.drift + other.drift, self.moment + other.moment)
 
+    @cached_property
     def map(self) -> Tensor:
         """``D (H + d)^-1``, ``(K, K)``."""
         lower = torch.linalg.cholesky(damped(self.moment.double(), DAMPING))
         return torch.cholesky_solve(self.drift.double().t(), lower).t().to(torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """Of the rows of an input; weights that read it share what is solved of them."""
+
+    first: Sums
+    second: Sums
+
+    def joined(self, other: Halves) -> Halves:
+        return Halves(self.first.joined(other.first), self.second.joined(other.second))
+
+    @cached_property
+    def whole(self) -> Sums:
+        return self.first.joined(self.second)
+
+    def share(self, weight: Tensor) -> float:
+        """The a for which the map of either half is best on the other: a quotient of quadratics."""
+        gain = size = torch.zeros((), dtype=torch.float64)
+        for own, other in ((self.first, self.second), (self.second, self.first)):
+            moved = weight @ own.map
+            gain = gain + (moved * (weight @ other.drift)).sum(dtype=torch.float64)
+            size = size + (moved * (moved @ other.moment)).sum(dtype=torch.float64)
+        share = float(gain / size) if size > 0 else 0.0
+        return min(max(share, 0.0), 1.0)
 
 
 class Propagation:
@@ -53,7 +82,7 @@ class Propagation:
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.halves: dict[fx.Node, tuple[Half, Half] | None] = {}
+        self.halves: dict[fx.Node, Halves | None] = {}
 
     @classmethod
     def of(
@@ -75,14 +104,11 @@ class Propagation:
         known = [halves for halves in found if halves is not None]
         if len(known) < len(found) or not known:
             return weight, "its inputs are other rows than in the float model: nothing propagated"
-        first, second = known[0]
-        for one, other in known[1:]:
-            first, second = first + one, second + other
-        wide = weight.detach().to(torch.float32)
-        share = _share(wide, first, second)
+        halves, wide = reduce(Halves.joined, known), weight.detach().to(torch.float32)
+        share = halves.share(wide)
         if share == 0:
             return weight, ""
-        moved = wide @ (first + second).map() * share
+        moved = wide @ halves.whole.map * share
         return wide + moved, f"makes good {share:.0%} of what inputs lost before it"
 
     def keep(self, products: Iterable[fx.Node]) -> None:
@@ -91,20 +117,9 @@ class Propagation:
         self.halves = {n: h for n, h in self.halves.items() if n in wanted}
 
 
-def _share(weight: Tensor, first: Half, second: Half) -> float:
-    """The a for which a map of either half is best on the other: the quotient of two quadratics."""
-    gain = size = torch.zeros((), dtype=torch.float64)
-    for own, other in ((first, second), (second, first)):
-        moved = weight @ own.map()
-        gain = gain + (moved * (weight @ other.drift)).sum(dtype=torch.float64)
-        size = size + (moved * (moved @ other.moment)).sum(dtype=torch.float64)
-    share = float(gain / size) if size > 0 else 0.0
-    return min(max(share, 0.0), 1.0)
-
-
-def _halves(pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Half, Half] | None:
+def _halves(pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> Halves | None:
     """Of inputs in the float and in the quantized model; ``None`` where they do not correspond."""
-    halves: list[Half] | None = None
+    halves: list[Sums] | None = None
     for index, (before, now) in _parts(pairs, count):
         if before.shape != now.shape:
             return None
@@ -112,10 +127,10 @@ def _halves(pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Half, H
         lost = before.detach().flatten(0, -2).to(torch.float32) - rows
         if halves is None:
             shape = (rows.shape[1], rows.shape[1])
-            halves = [Half(rows.new_zeros(shape), rows.new_zeros(shape)) for _ in range(2)]
+            halves = [Sums(rows.new_zeros(shape), rows.new_zeros(shape)) for _ in range(2)]
         halves[index % 2].drift.addmm_(lost.t(), rows)
         halves[index % 2].moment.addmm_(rows.t(), rows)
-    return None if halves is None else (halves[0], halves[1])
+    return None if halves is None else Halves(*halves)
 
 
 def _parts(

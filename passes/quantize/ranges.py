@@ -124,13 +124,8 @@ class Ranges:
             self.weights[name] = rounded(weight, settings.scheme, settings.methods)
         split = Split(self.weights[name], tuple(self.plan.remainders.get(name, ())))
         static = self.found.get(read.node)
-        activations = chosen(settings.activations, static)
+        activations = settings.by_rows if static is None else "static"
         self.stream.replace(read.node, partial(product_of, split, activations, static))
-
-
-def chosen(activations: str, static: Static | None) -> str:
-    """Where static activations have no range, rows have scales of their own."""
-    return "dynamic" if activations == "static" and static is None else activations
 
 
 def _reads(targets: Targets) -> Iterator[_Read]:

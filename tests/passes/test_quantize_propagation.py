@@ -8,7 +8,7 @@ from test_quantize_calibrated import batches, error, quantized
 from torch import Tensor
 
 from graphopt.passes.quantize.methods import methods
-from graphopt.passes.quantize.propagation import Half, Propagation, _halves, _share
+from graphopt.passes.quantize.propagation import Propagation, Sums, _halves
 
 
 def rows(seed: int, count: int = 256, width: int = 24) -> Tensor:
@@ -29,12 +29,12 @@ def test_a_loss_that_is_a_linear_map_is_made_good() -> None:
     weight = torch.randn(7, 24, generator=torch.Generator().manual_seed(2))
     halves = _halves(pairs(6, lost), 6)
     assert halves is not None
-    moved = weight + weight @ (halves[0] + halves[1]).map()
+    moved = weight + weight @ halves.whole.map
     new, gone = rows(77), rows(77) @ lost
     before = (gone @ weight.t() - new @ weight.t()).norm()
     after = (gone @ moved.t() - new @ weight.t()).norm()
     assert after < 0.25 * before
-    assert _share(weight, *halves) > 0.95
+    assert halves.share(weight) > 0.95
 
 
 def test_noise_is_not_learned() -> None:
@@ -42,16 +42,16 @@ def test_noise_is_not_learned() -> None:
     noisy = [(x + torch.randn_like(x) * 0.3, x) for x in (rows(s, 16) for s in range(2))]
     halves = _halves(noisy, 2)
     assert halves is not None
-    assert _share(torch.randn(7, 24), *halves) < 0.2
+    assert halves.share(torch.randn(7, 24)) < 0.2
 
 
 def test_one_sample_is_judged_by_its_halves() -> None:
     x = rows(0)
     found = _halves([(x, x)], 1)
     assert found is not None
-    assert torch.allclose(found[0].moment, x[:128].t() @ x[:128], rtol=1e-5)
-    assert torch.allclose((found[0] + found[1]).moment, x.t() @ x, rtol=1e-4, atol=1e-3)
-    assert not found[0].drift.any()
+    assert torch.allclose(found.first.moment, x[:128].t() @ x[:128], rtol=1e-5)
+    assert torch.allclose(found.whole.moment, x.t() @ x, rtol=1e-4, atol=1e-3)
+    assert not found.first.drift.any()
 
 
 def test_other_rows_are_no_pairs() -> None:
@@ -64,7 +64,7 @@ def test_the_map_is_the_solution_of_least_squares() -> None:
     drift = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     moment = torch.diag(torch.arange(1.0, 6.0))
     want = drift / (torch.arange(1.0, 6.0) + 0.03)
-    assert torch.allclose(Half(drift, moment).map(), want, rtol=1e-5)
+    assert torch.allclose(Sums(drift, moment).map, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["gptq+propagate", "propagate", "gptq+propagate+learned"])
