@@ -67,6 +67,7 @@ class ShareGroupedHeads(Rule):
 
     def near_misses(self) -> Iterable[Example]:
         yield _case("heads in turn", _Grouped(order="turns"))
+        yield _case("heads in turn, as many as groups", _Grouped(order="turns"), 3, 3)
         yield _case("values alone repeated", _ValuesAlone(), 6)
         yield _case("with dropout", _Grouped(dropout=0.5), training=True, reason="drops weights")
 
@@ -131,12 +132,12 @@ class _ValuesAlone(nn.Module):
         return F.scaled_dot_product_attention(query, key, wide.reshape(batch, -1, rows, width))
 
 
-def _case(name: str, module: nn.Module, heads: int = 2, **more: object) -> Example:
+def _case(name: str, module: nn.Module, heads: int = 2, values: int = 2, **more: object) -> Example:
     def inputs() -> tuple[Tensor, ...]:
         return (
-            torch.randn(2, 6, 5, 8),
+            torch.randn(2, 3 * values, 5, 8),
             torch.randn(2, heads, 7, 8),
-            torch.randn(2, 2, 7, 8),
+            torch.randn(2, values, 7, 8),
         )
 
     return Example(name, lambda: module, inputs, **more)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from graphopt.passes.loss_head.heads import CLASSES, DYNAMIC, HEADS, Head, case, masked_divergence
 from graphopt.rewrite import Example
@@ -69,6 +70,7 @@ def near_misses() -> Iterator[Example]:
     yield case("turned", lambda m, h, t: m.logits(h).mT[:, :, t[0] > 9].amax(1))
     yield case("sorted too", _sorted_too, training=True, reason="aten.sort mixes rows")
     yield case("written", _written, training=True)
+    yield case("a mean of all besides", _beside_a_mean, training=True)
     yield case("inner", lambda m, h, t: m.logits(h)[t > 9].relu() @ m.w, training=True)
     yield case("some axes", _some_axes, training=True, reason="some of the row axes")
 
@@ -81,6 +83,12 @@ def _returned(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 def _sorted_too(m: Head, h: Tensor, t: Tensor) -> Tensor:
     x = m.logits(h)
     return x[t > 100].amax(-1).sum() + x.sort(1)[0].sum(-1).mean()
+
+
+def _beside_a_mean(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """What is selected holds a number that all rows make."""
+    x = m.logits(h)
+    return (x.sigmoid() + F.mse_loss(x, torch.ones_like(x)))[t > 100].amax(-1).sum()
 
 
 def _written(m: Head, h: Tensor, t: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ import graphopt
 from graphopt.backend import Backend
 from graphopt.errors import CaptureError
 from graphopt.passes import FuseLossHead
-from graphopt.passes.loss_head.heads import DYNAMIC, HEADS, MASKS_COMPARED, Head
+from graphopt.passes.loss_head.heads import (
+    DYNAMIC,
+    HEADS,
+    MASKS_COMPARED,
+    Head,
+    masked_divergence,
+)
 from graphopt.recipe import Options
 
 CLASSES, WIDTH, BATCH, TOKENS = 520, 12, 4, 65
@@ -69,6 +75,16 @@ def test_a_row_that_is_read_twice_gets_both_gradients() -> None:
     assert {"SelectFirst", "FuseRowSummaries"} <= {*rules(fast)}
     (_, wanted), (_, found) = (slopes(model, c, h, t) for c in (model, fast))
     for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_two_products_of_one_selection_are_fused() -> None:
+    """Each is selected before the other's rewrite has made what both are computed from anew."""
+    model, (h, t) = Head(masked_divergence).train(), inputs()
+    fast = graphopt.compile(model, example_inputs=(h, t), passes=PASSES, measure=False)
+    assert {"SelectFirst", "FuseRowSummaries"} <= {*rules(fast)}, fast.report.missed
+    (loss, wanted), (made, found) = (slopes(model, c, h, t) for c in (model, fast))
+    for a, b in zip((loss, *wanted), (made, *found), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 

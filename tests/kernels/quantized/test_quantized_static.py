@@ -202,6 +202,12 @@ def test_the_range_with_the_least_error_is_found() -> None:
     assert error(many.clamp(-4, 4), find(lambda: [many], "percentile")) < 0.02
 
 
+def test_a_percentile_cuts_both_ends_off() -> None:
+    x = torch.cat([torch.linspace(-1, 2, 3001), torch.tensor([-50.0, 90.0])])[:, None]
+    low, high = find(lambda: [x], 98.0).range
+    assert abs(low + 0.97) < 0.03 and abs(high - 1.97) < 0.03
+
+
 def test_numbers_count_by_the_weights_they_meet() -> None:
     """A column that no weight reads says nothing of the range."""
     x = torch.randn(256, WIDTH)
