@@ -38,8 +38,11 @@ _VIEWS = {
 }
 """Operators that name the sizes of their result -> under which name."""
 
-_COUNTS = frozenset({aten.arange.default, aten.eye.default, aten.eye.m})
+_FILLED = frozenset({aten.zeros.default, aten.ones.default, aten.full.default})
+_COUNTS = frozenset({aten.arange.default, aten.eye.default, aten.eye.m}) | _FILLED
 """Operators that make positions from nothing."""
+
+_SCATTERED = frozenset({aten.scatter.src, aten.scatter.value, aten.scatter_add.default})
 
 
 def shorten(program: Program, axis: Axis, count: int) -> None:
@@ -228,27 +231,32 @@ class _Shortening:
         if not place.legs or operand in self.before:
             return  # pinned to one position, or shortened with all that read it
         if (operand, place) not in self.cuts:
-            self.cuts[operand, place] = self._cut(operand, place, node)
+            self.cuts[operand, place] = self._cut(operand, place)
         new = self.cuts[operand, place]
         if new is not operand:
             node.replace_input_with(operand, new)
 
-    def _cut(self, operand: fx.Node, place: Placement, user: fx.Node) -> fx.Node:
+    def _cut(self, operand: fx.Node, place: Placement) -> fx.Node:
         shape = self.shape(_sizes(operand), place)
         if operand.target in _COUNTS:
-            return self._count(operand, place, shape)
-        computed = operand.op == "call_function" and self._is_ours(operand, place)
-        if computed and self._through(operand, place, shape):
-            return operand
-        return self._sliced(operand, place, user)
+            return self._count(self._own(operand, place), shape)
+        if _is_through(operand, place):
+            return self._through(self._own(operand, place), place, shape)
+        return self._sliced(operand, place)
 
-    def _count(self, operand: fx.Node, place: Placement, shape: Sequence[int]) -> fx.Node:
+    def _own(self, operand: fx.Node, place: Placement) -> fx.Node:
+        """An operand, or a copy of it where others read it in other ways."""
+        if self._is_ours(operand, place):
+            return operand
+        with self.program.graph.inserting_after(operand):
+            return self.program.graph.node_copy(operand)
+
+    def _count(self, operand: fx.Node, shape: Sequence[int]) -> fx.Node:
         """An operator that makes positions, making those of a shape."""
-        if not self._is_ours(operand, place):
-            with self.program.graph.inserting_after(operand):
-                operand = self.program.graph.node_copy(operand)
         if operand.target is aten.arange.default:
             _set(operand, end=shape[0])
+        elif operand.target in _FILLED:
+            _set(operand, size=list(shape))
         else:
             operand.target = aten.eye.default if shape[0] == shape[1] else aten.eye.m
             _set(operand, n=shape[0], m=shape[1])
@@ -267,28 +275,29 @@ class _Shortening:
         readers = [user for user in operand.users if val(user) is not None]  # no assertions
         return len(readers) == 1 or all(map(along, readers))
 
-    def _through(self, operand: fx.Node, place: Placement, shape: Sequence[int]) -> bool:
-        """Shorten what an elementwise call or an expansion reads, where it is one."""
+    def _through(self, operand: fx.Node, place: Placement, shape: Sequence[int]) -> fx.Node:
+        """Shorten what a call reads that makes each position of the same one."""
         rank = len(shape)
-        given = [a for a in operand.all_input_nodes if isinstance(val(a), torch.Tensor)]
         if operand.target is aten.one_hot.default:
             rank -= 1  # the classes
+        elif operand.target is aten.sum.dim_IntList:
+            rank = val(operand.args[0]).dim()
         elif operand.target is aten.expand.default:
             sizes = arguments(operand)["size"]
             _set(operand, size=[n if n == -1 else s for n, s in zip(sizes, shape, strict=True)])
-        elif rule_of(operand.target) not in (pointwise.elementwise, pointwise.same) or not given:
-            return False
         self._note(operand)
-        for each in given:
+        for each in _tensors(operand):
             shift = rank - val(each).dim()
             rows = [d for d in place.dims if shift <= d < rank and _sizes(each)[d - shift] != 1]
             self.operand(operand, each, place.moved({d: d - shift for d in rows}))
         self.infer(operand)
-        return True
+        return operand
 
-    def _sliced(self, operand: fx.Node, place: Placement, user: fx.Node) -> fx.Node:
-        """The first positions of a tensor."""
-        made = operand
+    def _sliced(self, operand: fx.Node, place: Placement) -> fx.Node:
+        """The first positions of a tensor, made in front of all that may read them."""
+        made, user = operand, operand.next
+        while user.op in ("placeholder", "get_attr"):
+            user = user.next
         for leg in place.legs:
             outer, size, inner = (int(n) for n in (leg.outer, leg.size, leg.inner))
             if inner == outer == 1:
@@ -312,6 +321,28 @@ class _Shortening:
     def _note(self, node: fx.Node) -> None:
         if isinstance(val(node), torch.Tensor):
             self.before.setdefault(node, _sizes(node))
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [a for a in node.all_input_nodes if isinstance(val(a), torch.Tensor)]
+
+
+def _is_through(operand: fx.Node, place: Placement) -> bool:
+    """Whether a call makes each position along an axis of the same position of what it reads."""
+    if operand.op != "call_function" or not _tensors(operand):
+        return False
+    if operand.target in (aten.one_hot.default, aten.expand.default):
+        return True
+    if operand.target is aten.sum.dim_IntList:
+        given = arguments(operand)
+        last = val(given["self"]).dim() - 1
+        return last not in place.dims and [d % (last + 1) for d in given["dim"] or ()] == [last]
+    if operand.target in _SCATTERED:
+        dim = arguments(operand)["dim"] % val(operand).dim()
+        pairs = ((a, d) for a in _tensors(operand) for d in place.dims)
+        same = all(_sizes(a)[d] == _sizes(operand)[d] for a, d in pairs)
+        return dim not in place.dims and same
+    return rule_of(operand.target) in (pointwise.elementwise, pointwise.same)
 
 
 def _indexed(node: fx.Node) -> Iterator[tuple[int, fx.Node]]:
