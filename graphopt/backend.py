@@ -24,6 +24,7 @@ from graphopt.emit.deferring import apart
 from graphopt.errors import CaptureError, GraphoptError, RecipeError, VerificationError
 from graphopt.program import Program
 from graphopt.recipe import Options, rewrite_program
+from graphopt.recompute import inlined, regrouped, runnable
 from graphopt.report.model import Report
 
 Compiled = Callable[..., Any]
@@ -53,6 +54,7 @@ class Backend:
     def _compiled(
         self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> tuple[Compiled, Report]:
+        graph_module = inlined(graph_module)
         program = program_from_dynamo(graph_module, example_inputs)
         memory = memory_of(graph_module, fake_inputs(graph_module)[0])
         optimized, report = self._rewrite(program)
@@ -76,7 +78,7 @@ class Backend:
         self.reports.append(Report("graph", notes=[f"left as it is: {reason}"]))
         if self.options.target == "inductor":
             return _inductor(graph_module, example_inputs)
-        return graph_module.forward
+        return runnable(graph_module).forward
 
     def _lower(
         self,
@@ -85,10 +87,11 @@ class Backend:
         original: fx.GraphModule,
         example_inputs: Sequence[Any],
     ) -> Compiled:
-        runner = Runner(program, memory, original.forward)
+        module = regrouped(program.graph_module)
+        runner = Runner(program, memory, runnable(module), original.forward)
         if self.options.target == "inductor":
             inputs = runner.bind(example_inputs)
-            runner.run = apart(program.graph_module, lambda graph: _inductor(graph, inputs))
+            runner.run = apart(module, lambda graph: _inductor(graph, inputs))
         return runner
 
 

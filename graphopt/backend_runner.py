@@ -25,10 +25,8 @@ class Runner:
     of a call say.
     """
 
-    def __init__(self, program: Program, memory: Memory, original: Compiled) -> None:
-        self.memory = memory
-        self.original = original
-        self.run: Compiled = program.graph_module
+    def __init__(self, program: Program, memory: Memory, run: Compiled, original: Compiled) -> None:
+        self.memory, self.run, self.original = memory, run, original
         nodes = program.placeholders()
         targets = [program.inputs[n.name].target for n in nodes]
         self.state = [None if t is None else program.state[t] for t in targets]

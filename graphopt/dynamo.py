@@ -15,6 +15,7 @@ from graphopt.capture_exported import keep_differentiable, spell_layout_free
 from graphopt.dynamo_sizes import read_sizes_off_inputs
 from graphopt.errors import CaptureError
 from graphopt.program import Program
+from graphopt.recompute import take_regions
 from graphopt.signature import InputKind, OutputKind, ProgramInput, ProgramOutput
 from graphopt.source import source_line
 
@@ -42,6 +43,7 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
     except Exception as error:
         raise CaptureError(f"no functional form: {first_line(error)}") from error
     flat, signature = made
+    take_regions(flat.graph)
     _apply_grad_modes(flat.graph)
     inputs = [n for n in flat.graph.nodes if n.op == "placeholder"]
     for node, holder in zip(inputs, holders, strict=True):

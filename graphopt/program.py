@@ -26,6 +26,10 @@ from graphopt.signature import (
     ProgramOutput,
 )
 
+REGIONS = "checkpoint_regions"
+"""Where a node's ``meta`` holds the regions of activation checkpointing that it is in, outermost
+first."""
+
 if TYPE_CHECKING:
     import networkx as nx
 

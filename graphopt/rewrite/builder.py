@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from graphopt.conditions import implied
 from graphopt.errors import IllegalRewriteError
-from graphopt.program import Program, is_mutating, operator_name, val
+from graphopt.program import REGIONS, Program, is_mutating, operator_name, val
 
 aten = torch.ops.aten
 
@@ -235,7 +235,7 @@ def _take_back(shape_env: Any, guards: int, known: dict[str, Any]) -> list[Any]:
 
 
 _FOLDED = re.compile(r"_folded(_\d+)?$")
-_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", REGIONS)
 
 
 def program_fake_mode(program: Program) -> FakeTensorMode:
