@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 
 from graphopt.capture_errors import first_line
 from graphopt.capture_exported import keep_differentiable, spell_layout_free
-from graphopt.dynamo_sizes import read_sizes_off_inputs
+from graphopt.dynamo_sizes import guard_indexed_sizes, read_sizes_off_inputs
 from graphopt.errors import CaptureError
 from graphopt.program import Program
 from graphopt.recompute import take_regions
@@ -59,6 +59,7 @@ def program_from_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[A
         name=_model_name(graph_module),
     )
     program.graph.output_node().args = (program.results(),)
+    guard_indexed_sizes(flat.graph)
     spell_layout_free(flat.graph)
     keep_differentiable(flat.graph)
     read_sizes_off_inputs(flat.graph)

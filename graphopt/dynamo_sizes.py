@@ -1,22 +1,56 @@
-"""Sizes in a Dynamo graph are read off its inputs, as `torch.export` has them.
+"""Sizes in a Dynamo graph: which are equal, and where they are read.
 
 Dynamo reads the sizes of a view off the value that is viewed. A value that only lends its size
-would count as needed (logits, of which a loss is all that anybody wants).
+would count as needed (logits, of which a loss is all that anybody wants). `torch.export` reads
+sizes off inputs.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from graphopt.analysis.axis_rules.sizes import size_of
 from graphopt.program import val
 
 aten = torch.ops.aten
+
+
+_INDEXED = frozenset(
+    {aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default}
+)
+
+
+def guard_indexed_sizes(graph: fx.Graph) -> None:
+    """Sizes of an index are those of what it indexes, where they are in the call at hand.
+
+    A ``gather`` may read fewer rows than there are, so that nothing in the graph says that logits
+    have as many as labels. Said to Dynamo, it becomes a guard: another call compiles again.
+    """
+    numbers = {s: _number(*place) for s, place in _known(graph).items()}
+    for node in graph.nodes:
+        if node.target in _INDEXED:
+            tensor, dim, index = (val(a) for a in node.args[:3])
+            for axis, sizes in enumerate(zip(tensor.shape, index.shape, strict=True)):
+                if axis != dim % tensor.dim():
+                    _guard_equal(*sizes, numbers)
+
+
+def _guard_equal(one: Any, other: Any, numbers: Mapping[sympy.Symbol, Any]) -> None:
+    """Two symbols, where the sizes differ by them: then one replaces the other everywhere."""
+    difference = size_of(one) - size_of(other)
+    if isinstance(difference, int):
+        return
+    symbols = sorted(difference.free_symbols & numbers.keys(), key=str)
+    if len(symbols) == 2 and difference in (symbols[0] - symbols[1], symbols[1] - symbols[0]):
+        one, other = (numbers[s] for s in symbols)
+    guard_or_false(one == other)  # sizes that values decide are no guard
 
 
 def read_sizes_off_inputs(graph: fx.Graph) -> None:
@@ -49,10 +83,15 @@ def _known(graph: fx.Graph) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
 def _sum(graph: fx.Graph, node: fx.Node, source: tuple[fx.Node, int | None], more: int) -> fx.Node:
     """The size of an input, and what is to be added."""
     size, dim = source
-    value = val(size) if dim is None else val(size).shape[dim]
+    value = _number(size, dim)
     if dim is not None:
         size = _made(graph, node, aten.sym_size.int, (size, dim), value)
     return _made(graph, node, operator.add, (size, more), value + more) if more else size
+
+
+def _number(node: fx.Node, dim: int | None) -> Any:
+    """An input, or its size along a dim."""
+    return val(node) if dim is None else val(node).shape[dim]
 
 
 def _made(graph: fx.Graph, node: fx.Node, target: Any, args: Any, value: Any) -> fx.Node:

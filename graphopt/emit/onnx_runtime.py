@@ -15,9 +15,9 @@ from graphopt.errors import MissingDependencyError, VerificationError
 from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
 from graphopt.signature import OutputKind
-from graphopt.verify.inputs import sizes_of_one, unseen_sizes
+from graphopt.verify.inputs import sizes_of_one
 from graphopt.verify.measure import Measure, compare, worst
-from graphopt.verify.trials import fresh_or_refused, rounded_runs
+from graphopt.verify.trials import fresh_or_refused, rounded_runs, unseen_or_refused
 from graphopt.verify.whole import run_program
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -54,8 +54,8 @@ def compare_with_runtime(
     session, checked = open_session(path), (inputs, outputs, exact, allowed)
     rows = _compare_once(program, session, program.example_inputs, *checked)
     notes: dict[str, None] = {}
-    for sizes in (unseen_sizes(program), *sizes_of_one(program)):
-        values, refused = fresh_or_refused(program, sizes)
+    small = (fresh_or_refused(program, sizes) for sizes in sizes_of_one(program))
+    for values, refused in (unseen_or_refused(program), *small):
         if refused is not None:
             notes[f"random inputs were not tried: {refused}"] = None
             continue

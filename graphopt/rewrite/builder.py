@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from graphopt.conditions import implied
 from graphopt.errors import IllegalRewriteError
 from graphopt.program import REGIONS, Program, is_mutating, operator_name, val
+from graphopt.rewrite.views import VIEWS, viewed
 
 aten = torch.ops.aten
 
@@ -187,6 +188,8 @@ def infer(
         raise IllegalRewriteError(f"{name} does not fit here: {error}") from error
     del pending[fresh:]  # sizes that values decide: no tracer waits for them here
     added = [a for a in _take_back(shape_env, guards, known) if not _is_implied(a, program)]
+    if added and target in VIEWS and (made := viewed(*args)) is not None:
+        return made
     # Convolutions only ask which layout is faster.
     if added and "conv" not in operator_name(target):
         raise IllegalRewriteError(f"{operator_name(target)} would demand {added[0]} of the inputs")

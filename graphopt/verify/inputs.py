@@ -176,15 +176,19 @@ def accepts(program: Program, sizes: Mapping[sympy.Symbol, int]) -> bool:
     return all(condition(a.text, sorted(values))(**values) for a in program.assumptions)
 
 
-def unseen_sizes(program: Program) -> dict[sympy.Symbol, int]:
+def unseen_sizes(program: Program, *, doubled: bool = False) -> dict[sympy.Symbol, int]:
     """One size of at least 2 per symbol that differs from the captured one, where one is allowed.
 
     A symbol is left out where the program's ranges and assumptions allow none of those tried.
+
+    Args:
+        doubled: twice the captured sizes first: what is cut into equal parts is so at those too.
     """
     known = symbols_of(program)
     chosen: dict[sympy.Symbol, int] = {}
     for symbol, size in known.items():
-        for candidate in (size + 1, size + 3, size - 1, size + 2, 2 * size):
+        near = (size + 1, size + 3, size - 1, size + 2, 2 * size)
+        for candidate in (2 * size, *near) if doubled else near:
             if candidate >= 2 and accepts(program, {**known, **chosen, symbol: candidate}):
                 chosen[symbol] = candidate
                 break

@@ -39,8 +39,8 @@ def trial_inputs(program: Program, *, ones: bool = True) -> tuple[list[list[Any]
     inputs, refused = [list(program.example_inputs)], dict[str, None]()
     if is_empty(program.example_inputs):
         refused["the example inputs are empty: nothing could be compared on them"] = None
-    for sizes in (unseen_sizes(program), *small):
-        fresh, why = fresh_or_refused(program, sizes)
+    found = [unseen_or_refused(program), *(fresh_or_refused(program, sizes) for sizes in small)]
+    for fresh, why in found:
         if why is None:
             inputs.append(fresh)
         else:
@@ -59,6 +59,15 @@ def fresh_or_refused(
         first = str(error).strip().partition("\n")[0]
         return fresh, f"the model refuses them ({first})"
     return fresh, None
+
+
+def unseen_or_refused(program: Program) -> tuple[list[Any], str | None]:
+    """Fresh inputs of sizes that were not seen, of others where the program refuses the first."""
+    fresh, why = fresh_or_refused(program, unseen_sizes(program))
+    if why is None or not symbols_of(program):
+        return fresh, why
+    other, still = fresh_or_refused(program, unseen_sizes(program, doubled=True))
+    return (other, None) if still is None else (fresh, why)
 
 
 def hold(

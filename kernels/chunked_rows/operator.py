@@ -21,7 +21,7 @@ from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.chunks import Loop
 from graphopt.kernels.chunked_rows.columns import none_added
 from graphopt.kernels.chunked_rows.dispatch import evaluated
-from graphopt.kernels.chunked_rows.gradients import Cotangents
+from graphopt.kernels.chunked_rows.gradients import Cotangents, recording
 from graphopt.kernels.chunked_rows.operands import Operands, cast, check, few, grouped, products
 
 Tensors = Sequence[Tensor]
@@ -134,7 +134,9 @@ def _fake(
     operands = Operands(hidden, weight, rows, whole)
     check(operands, read(body), chunk_bytes, len(differentiable), filter_threshold)
     short = cast(few(operands), autocast)
-    with casting(hidden, autocast):
+    # Above autograd's keys composites come apart. Below, torch gives those with symbolic classes to
+    # its Python references, and that of `nll_loss` has other parameters.
+    with casting(hidden, autocast), recording(), torch.no_grad():
         per_row, sums, matrices = read(body)([*products(short), *short.rows, *whole])
     count = hidden[0].shape[0] * operands.groups
     made = [t.new_empty((count, *t.shape[1:])) for t in per_row]

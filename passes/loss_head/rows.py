@@ -15,8 +15,10 @@ from functools import reduce
 from itertools import pairwise
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from graphopt.analysis.axes import Leg, Placement
 from graphopt.analysis.axis_rules.fold import Factor, merge
@@ -24,9 +26,12 @@ from graphopt.analysis.axis_rules.sizes import Shape, Size, product, quotient, s
 from graphopt.errors import IllegalRewriteError
 from graphopt.program import val
 from graphopt.rewrite import Builder
+from graphopt.rewrite.views import is_packed
 
 aten = torch.ops.aten
 
+
+_ARITHMETIC = {sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv}
 
 Digit = tuple[Size, Size]
 """Size and step."""
@@ -149,14 +154,14 @@ class Flat:
         spans = self._spans(self.chosen)[: val(node).dim() - 1]  # no group
         for dim, (first, size) in enumerate(spans):
             if size != self.rows.sizes[dim]:
-                bounds = _bounds(first, size, self.rows.sizes[dim])
+                bounds = self._bounds(first, size, self.rows.sizes[dim])
                 node = self.build(aten.slice.Tensor, node, dim, *bounds)
         if spans != [(0, size) for size in self.rows.sizes[: len(spans)]]:
             node = self.build(aten.clone.default, node, memory_format=torch.contiguous_format)
         self.sources.append(node)
         if val(node).dim() == 2:
             return node
-        return self.build(aten.reshape.default, node, [-1, val(node).shape[-1]])
+        return self._reshaped(node, [-1, val(node).shape[-1]])
 
     def count(self, rows: RowSet) -> fx.Node | int:
         """The number of rows in a set."""
@@ -172,16 +177,13 @@ class Flat:
         sizes = [self._size(size) for _, size in spans]
         device = val(self.sources[0]).device
         ones = self.build(aten.ones.default, sizes, dtype=torch.bool, device=device)
-        return self.build(aten.reshape.default, self._padded(ones, spans), [-1])
+        return self._reshaped(self._padded(ones, spans), [-1])
 
     def _padded(self, node: fx.Node, spans: Sequence[tuple[Size, Size]]) -> fx.Node:
         """A box of rows, one dim each in front, with all other rows around it."""
         pads: list[Any] = [0, 0] * (val(node).dim() - len(spans))
         for (first, size), whole in zip(reversed(spans), reversed(self.rows.sizes), strict=True):
-            behind = tidy(whole - first - size)
-            if not isinstance(first, int) or not isinstance(behind, int):
-                raise IllegalRewriteError(f"rows {first} to {first + size} of {whole} are read")
-            pads += [first, behind]
+            pads += [self._number(first), self._number(tidy(whole - first - size))]
         return self.build(aten.constant_pad_nd.default, node, pads)
 
     def operand(self, node: fx.Node, place: Placement) -> fx.Node:
@@ -196,9 +198,9 @@ class Flat:
         spans = self._spans(held)
         flat = self._flattened(node, place)
         rest = list(shape_of(flat)[1:])
-        box = self.build(aten.reshape.default, flat, self._sizes([s for _, s in spans] + rest))
+        box = self._reshaped(flat, self._sizes([s for _, s in spans] + rest))
         padded = self._padded(box, spans)
-        return self.build(aten.reshape.default, padded, [-1, *self._sizes(rest)])
+        return self._reshaped(padded, [-1, *self._sizes(rest)])
 
     def _flattened(self, node: fx.Node, place: Placement) -> fx.Node:
         legs = self.rows.ordered(place) or []
@@ -218,7 +220,7 @@ class Flat:
         width = self._sizes([shape[d] for d in rest])
         if len(order) == 1 and not ones:
             return node
-        return self.build(aten.reshape.default, node, [-1, *width])
+        return self._reshaped(node, [-1, *width])
 
     def expanded(self, node: fx.Node, place: Placement, like: fx.Node) -> fx.Node:
         """A tensor that broadcasts against ``like``, with all of its row dims."""
@@ -226,7 +228,7 @@ class Flat:
         ranks = [1] * (len(wanted) - len(shape)) + list(shape)
         wanted = [size if d in place.dims else ranks[d] for d, size in enumerate(wanted)]
         if len(ranks) > len(shape):
-            node = self.build(aten.reshape.default, node, self._sizes(ranks))
+            node = self._reshaped(node, self._sizes(ranks))
         return self.build(aten.expand.default, node, [self._size(s) for s in wanted])
 
     def _unfolded(
@@ -244,7 +246,7 @@ class Flat:
             for leg in inner:
                 where[leg] = len(sizes)
                 sizes.append(leg.size)
-        node = self.build(aten.reshape.default, node, self._sizes(sizes))
+        node = self._reshaped(node, self._sizes(sizes))
         return node, [where[leg] for leg in legs], [kept[d] for d in rest]
 
     def restored(self, column: fx.Node, place: Placement, shape: Shape) -> fx.Node:
@@ -256,23 +258,23 @@ class Flat:
         order = [leg.dim for leg in legs]
         if order != sorted(order) or not _is_ordered(legs):
             sizes = self._sizes([leg.size for leg in legs])
-            column = self.build(aten.reshape.default, column, [*sizes, -1])
+            column = self._reshaped(column, [*sizes, -1])
             back = sorted(range(len(legs)), key=lambda k: place.legs.index(legs[k]))
             column = self.build(aten.permute.default, column, [*back, len(legs)])
         if shape_of(column) == shape:
             return column
-        return self.build(aten.reshape.default, column, self._sizes(shape))
+        return self._reshaped(column, self._sizes(shape))
 
     def _box(self, column: fx.Node, rows: RowSet) -> fx.Node:
         """Of ``(N, k)`` for all rows, those in a set."""
         spans = self._spans(rows)
         width = list(shape_of(column)[1:])
-        column = self.build(aten.reshape.default, column, self._sizes([*self.rows.sizes, *width]))
+        column = self._reshaped(column, self._sizes([*self.rows.sizes, *width]))
         for dim, ((first, size), whole) in enumerate(zip(spans, self.rows.sizes, strict=True)):
             if size != whole:
-                bounds = _bounds(first, size, whole)
+                bounds = self._bounds(first, size, whole)
                 column = self.build(aten.slice.Tensor, column, dim, *bounds)
-        return self.build(aten.reshape.default, column, [-1, *self._sizes(width)])
+        return self._reshaped(column, [-1, *self._sizes(width)])
 
     def _sizes(self, shape: Sequence[Size]) -> list[Any]:
         """Sizes as arguments of a view: numbers, at most one ``-1``, or nodes that compute them."""
@@ -288,6 +290,21 @@ class Flat:
             raise IllegalRewriteError("the rows that are read are no box of the product's")
         return spans
 
+    def _reshaped(self, node: fx.Node, sizes: Sequence[Any]) -> fx.Node:
+        """A copy first, where strides of symbolic sizes do not say whether there are gaps."""
+        if not all(isinstance(size, int) for size in shape_of(node)) and not is_packed(val(node)):
+            node = self.build(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self.build(aten.reshape.default, node, sizes)
+
+    def _bounds(self, first: Size, size: Size, extent: Size) -> tuple[Any, Any]:
+        """Start and end of a slice, counted from the back where that makes them plain numbers."""
+        end = tidy(first + size)
+        start, stop = (n if isinstance(n, int) else tidy(n - extent) for n in (first, end))
+        start = start if isinstance(start, int) else self._number(first)
+        if end == extent:
+            return start, sys.maxsize
+        return start, stop if isinstance(stop, int) else self._number(end)
+
     def _size(self, size: Size) -> fx.Node | int:
         return size if isinstance(size, int) else self._number(size)
 
@@ -302,20 +319,11 @@ class Flat:
                 if isinstance(more, int):
                     read = self.build.size(node, dim)
                     return self.build(operator.add, read, more) if more else read
-        if size.is_Mul:
-            first, *others = map(self._number, map(tidy, size.args))
-            return reduce(lambda a, b: self.build(operator.mul, a, b), others, first)
-        raise IllegalRewriteError(f"no tensor of the region has the size {size}")
-
-
-def _bounds(first: Size, size: Size, extent: Size) -> tuple[int, int]:
-    """Start and end of a slice, counted from the back where they are symbolic."""
-    end = tidy(first + size)
-    start, stop = (n if isinstance(n, int) else tidy(n - extent) for n in (first, end))
-    stop = sys.maxsize if end == extent else stop
-    if not isinstance(start, int) or not isinstance(stop, int):
-        raise IllegalRewriteError(f"rows {first} to {end} of {extent} are read")
-    return start, stop
+        made = next((make for kind, make in _ARITHMETIC.items() if isinstance(size, kind)), None)
+        if made is None:
+            raise IllegalRewriteError(f"no tensor of the region has the size {size}")
+        first, *others = map(self._number, map(tidy, size.args))
+        return reduce(lambda a, b: self.build(made, a, b), others, first)
 
 
 def _is_ordered(legs: Sequence[Leg]) -> bool:
