@@ -211,6 +211,12 @@ def _put_back(tensors: list[tuple[Tensor, Tensor]]) -> None:
             buffer.copy_(value)
 
 
+_CHECKPOINTED = (
+    "activation checkpointing is not part of an exported graph: activations are kept; "
+    "compile without example inputs to have them recomputed"
+)
+
+
 def _patches(watch: Watch) -> Iterator[Any]:
     """Replacements of the few entry points of torch whose effect a trace drops silently."""
     yield from _grad_patches(watch)
@@ -222,7 +228,7 @@ def _patches(watch: Watch) -> Iterator[Any]:
 
     def apply_seen(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is torch.utils.checkpoint.CheckpointFunction:
-            watch.note("activation checkpointing is not part of a graph: activations are kept")
+            watch.note(_CHECKPOINTED)
             return args[0](*args[2:])
         name = f"{cls.__module__}.{cls.__qualname__}"
         if name in EXACT_FUNCTIONS:
@@ -232,6 +238,14 @@ def _patches(watch: Watch) -> Iterator[Any]:
         return apply(cls, *args, **kwargs)
 
     yield mock.patch.object(torch.autograd.Function, "apply", classmethod(apply_seen))
+    regions = torch.utils.checkpoint
+    begin = regions._checkpoint_without_reentrant_generator
+
+    def begin_seen(*args: Any, **kwargs: Any) -> Any:
+        watch.note(_CHECKPOINTED)
+        return begin(*args, **kwargs)
+
+    yield mock.patch.object(regions, "_checkpoint_without_reentrant_generator", begin_seen)
 
 
 def _create_node_with_mode() -> Callable[..., torch.fx.Node]:

@@ -229,6 +229,16 @@ def test_layers_of_hugging_face_models():
     assert any("Attention" in rule or "RMS" in rule or "Rms" in rule for rule in rules), rules
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_exported_graphs_say_that_they_keep_activations(reentrant):
+    net = Net(lambda m, x: checkpoint(m.block, x, use_reentrant=reentrant)).train()
+    x = torch.randn(6, 8, requires_grad=True)
+    fast = graphopt.compile(net, example_inputs=(x,), passes="exact")
+    assert any("activations are kept" in note for note in fast.report.notes)
+    plain = graphopt.compile(Net(Net.block).train(), example_inputs=(x,), passes="exact")
+    assert not any("activations are kept" in note for note in plain.report.notes)
+
+
 # Regrouping.
 
 
