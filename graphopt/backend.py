@@ -20,6 +20,7 @@ from graphopt.backend_runner import Runner
 from graphopt.capture_errors import first_line
 from graphopt.capture_memory import Memory, memory_of, mode_of, results_memory
 from graphopt.dynamo import fake_inputs, program_from_dynamo
+from graphopt.emit.chunk_bodies import compile_bodies
 from graphopt.emit.deferring import apart
 from graphopt.errors import CaptureError, GraphoptError, RecipeError, VerificationError
 from graphopt.program import Program
@@ -66,7 +67,9 @@ class Backend:
             optimized = program
         if memory.shared():
             _require_shared(optimized, memory, fake_inputs(graph_module)[0])
-        return self._lower(optimized, memory, graph_module, example_inputs), report
+        runner, notes = self._lower(optimized, memory, graph_module, example_inputs)
+        report.notes += notes
+        return runner, report
 
     def _rewrite(self, program: Program) -> tuple[Program, Report]:
         with torch._dynamo.utils.disable_cache_limit(), torch.random.fork_rng(devices=[]):
@@ -86,13 +89,16 @@ class Backend:
         memory: Memory,
         original: fx.GraphModule,
         example_inputs: Sequence[Any],
-    ) -> Compiled:
-        module = regrouped(program.graph_module)
+    ) -> tuple[Compiled, list[str]]:
+        """What runs, and notes on how."""
+        module, notes = regrouped(program.graph_module), list[str]()
         runner = Runner(program, memory, runnable(module), original.forward)
         if self.options.target == "inductor":
+            notes = compile_bodies(module.graph)
+            module.recompile()
             inputs = runner.bind(example_inputs)
             runner.run = apart(module, lambda graph: _inductor(graph, inputs))
-        return runner
+        return runner, notes
 
 
 @contextmanager

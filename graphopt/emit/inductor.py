@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from graphopt.emit.chunk_bodies import compile_bodies
 from graphopt.emit.deferring import apart
 from graphopt.emit.laid_out import TOLERANCE
 from graphopt.emit.module import OptimizedModule
@@ -50,13 +51,15 @@ def to_inductor(
     plain, quick = module._graph.code, module._graph.fast
     options.progress("inductor")
     dynamic = True if original.range_constraints else None
-    compile_graph = partial(apart, lower=partial(_compiled, dynamic=dynamic))
+    notes = dict[str, None]()
+    compile_graph = partial(apart, lower=partial(_compiled, dynamic=dynamic, notes=notes))
     module._graph.code, module._graph.fast = compile_graph(plain), None
     graph = (executed or module.program).graph
     apart_from_it = any(map(is_random, graph.nodes)) or is_filtered(graph)
     lower = compile_graph if apart_from_it else lambda _graph: module._graph.code
     why = _fault(module, original, lower, executed or module.program)
     if why is None:
+        module.report.notes += notes
         return
     module._graph.code, module._graph.fast = plain, quick
     message = f"Inductor's code for {original.name} {why}"
@@ -65,8 +68,13 @@ def to_inductor(
     module.report.notes.append(f"{message}; the torch target was kept")
 
 
-def _compiled(graph_module: fx.GraphModule, dynamic: bool | None) -> Callable[..., Any]:
-    return torch.compile(spelled(graph_module), dynamic=dynamic, fullgraph=True, options=OPTIONS)
+def _compiled(
+    graph_module: fx.GraphModule, dynamic: bool | None, notes: dict[str, None]
+) -> Callable[..., Any]:
+    made = spelled(graph_module)
+    notes |= dict.fromkeys(compile_bodies(made.graph))
+    made.recompile()
+    return torch.compile(made, dynamic=dynamic, fullgraph=True, options=OPTIONS)
 
 
 def _fault(

@@ -58,7 +58,7 @@ class _ChunkedRows(torch.autograd.Function):
 
 def _in_forward(tensors: Tensors, settings: Settings) -> bool:
     """Whether the gradients for a cotangent of one are those of any, up to a factor."""
-    text, _, differentiable, autocast, _ = settings
+    text, _, differentiable, autocast, *_ = settings
     body = read(text)
     sums = differentiable[len(body.rows) : len(body.rows) + len(body.sums)]
     narrow = torch.float16 in (autocast, *(t.dtype for t in tensors)) or "torch.float16" in text
@@ -94,7 +94,7 @@ def _by_autograd(ctx: Any, cotangents: Tensors) -> Sequence[Tensor]:
     Operands are taken as views: one may be given twice, or computed from another, and only what
     flows through its own place counts.
     """
-    body, _, differentiable, autocast, _ = ctx.settings
+    body, _, differentiable, autocast, *_ = ctx.settings
     views = [t.view_as(t) for t in ctx.saved_tensors[: sum(ctx.counts)]]
     with casting(views, autocast):
         results = evaluate(read(body), grouped(views, ctx.counts))
@@ -119,11 +119,12 @@ def _with_autograd(
     differentiable: Sequence[bool],
     autocast: torch.dtype | None = None,
     filter_threshold: float = 0.0,
+    compiled: bool = False,
 ) -> list[Tensor]:
     operands = Operands(hidden, weight, rows, whole)
     check(operands, read(body), chunk_bytes, len(differentiable), filter_threshold)
     low = autocast or autocast_of(hidden[0])
-    settings = (body, chunk_bytes, list(differentiable), low, filter_threshold)
+    settings = (body, chunk_bytes, list(differentiable), low, filter_threshold, compiled)
     tensors = operands.all
     if _transformed(tensors):
         with casting(tensors, low):

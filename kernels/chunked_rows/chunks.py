@@ -10,10 +10,11 @@ from torch import Tensor
 from graphopt.kernels.chunked_rows.blame import naming_row
 from graphopt.kernels.chunked_rows.body import Body
 from graphopt.kernels.chunked_rows.columns import log_added, none_added
-from graphopt.kernels.chunked_rows.gradients import Cotangents, Gradients
+from graphopt.kernels.chunked_rows.gradients import Gradients
 from graphopt.kernels.chunked_rows.operands import Operands, all_classes, cast, products
 from graphopt.kernels.chunked_rows.pieces import Chunk, spans
 from graphopt.kernels.chunked_rows.results import Collected
+from graphopt.kernels.chunked_rows.steps import Cotangents, Eager, Pieces
 
 
 def evaluate(body: Body, operands: Operands[Tensor]) -> list[Tensor]:
@@ -30,6 +31,7 @@ class Loop:
         chunk_bytes: of the products of a chunk; 0 for the default.
         autocast: the dtype that products are taken in, where the call is under autocast.
         threshold: above zero, gradients are approximate, see `thinning`.
+        pieces: what runs the body; default: torch's operators.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Loop:
         chunk_bytes: int,
         autocast: torch.dtype | None = None,
         threshold: float = 0.0,
+        pieces: Pieces | None = None,
     ) -> None:
         self.body, self.operands, self.threshold = body, operands, threshold
+        self.pieces = pieces or Eager(body)
         self.low = cast(operands, autocast)
         self.spans = list(spans(self.low, chunk_bytes))
         self.count = operands.hidden[0].shape[0] * operands.groups
@@ -51,23 +55,28 @@ class Loop:
         for chunk in self._chunks():
             for piece in chunk.pieces():
                 with naming_row(self.body, piece.operands, piece.body_span.start):
-                    results.add(self.body.fused(piece.tensors), piece.body_span)
+                    results.add(self.pieces.results(piece.tensors), piece.body_span)
         return results.whole()
 
     def run_with_gradients(
         self, wanted: Sequence[bool], differentiable: Sequence[bool]
     ) -> list[Tensor]:
         """As `run`, then the gradients of the wanted operands for a cotangent of one."""
-        found = Gradients(self.body, self.operands, wanted, differentiable, self.threshold)
+        found = self._gradients(wanted, differentiable)
         return [*self._fill(found, None).whole(), *found.made()]
 
     def gradients(
         self, wanted: Sequence[bool], differentiable: Sequence[bool], cotangents: Cotangents
     ) -> list[Tensor]:
         """Gradients of the wanted operands for cotangents of the differentiable results."""
-        found = Gradients(self.body, self.operands, wanted, differentiable, self.threshold)
+        found = self._gradients(wanted, differentiable)
         self._fill(found, cotangents)
         return found.made()
+
+    def _gradients(self, wanted: Sequence[bool], differentiable: Sequence[bool]) -> Gradients:
+        return Gradients(
+            self.body, self.operands, wanted, differentiable, self.pieces, self.threshold
+        )
 
     def _fill(self, found: Gradients, cotangents: Cotangents | None) -> Collected:
         results = Collected(self.count)

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphopt.kernels.chunked_rows.blame import naming_row
-from graphopt.kernels.chunked_rows.body import Body, Results
-from graphopt.kernels.chunked_rows.columns import slope_of
+from graphopt.kernels.chunked_rows.body import Body
 from graphopt.kernels.chunked_rows.factors import FactorGradients, Rows
 from graphopt.kernels.chunked_rows.operands import Operands, all_classes
 from graphopt.kernels.chunked_rows.pieces import Chunk, Piece
 from graphopt.kernels.chunked_rows.results import Collected
+from graphopt.kernels.chunked_rows.steps import Asked, Cotangents, Pieces, Slopes
 from graphopt.kernels.chunked_rows.thinning import ThinGradients, told
 
 _NARROW = (torch.float16, torch.bfloat16)
-_AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
-
-
-class Cotangents(NamedTuple):
-    """What backward is given.
-
-    Attributes:
-        given: of the differentiable results.
-        totals: those results of columns themselves, ``(V,)`` each.
-    """
-
-    given: Sequence[Tensor]
-    totals: Sequence[Tensor] = ()
 
 
 class Gradients:
@@ -43,6 +28,7 @@ class Gradients:
         operands: the caller's; gradients get their dtypes and layouts.
         wanted: which of them, in the order of ``operands.all``.
         differentiable: which results of the body have a gradient.
+        pieces: what runs and differentiates the body.
         threshold: above zero, slopes smaller than that by their row's largest are left out.
     """
 
@@ -52,9 +38,10 @@ class Gradients:
         operands: Operands[Tensor],
         wanted: Sequence[bool],
         differentiable: Sequence[bool],
+        pieces: Pieces,
         threshold: float = 0.0,
     ) -> None:
-        self.body = body
+        self.body, self.pieces = body, pieces
         self.operands, self.wanted = operands, operands.filled(wanted)
         self.differentiable = differentiable
         empty, zeros = torch.empty_like, torch.zeros_like
@@ -88,18 +75,22 @@ class Gradients:
         for factors, rows in self._rows(chunk):
             factors.chunk(rows)
 
-    def _piece(
-        self, piece: Piece, cotangents: Cotangents | None, collected: Collected
-    ) -> list[Tensor | None]:
-        """Gradients with respect to the body's tensors; ``None`` where there is none."""
-        with recording():
-            leaves = self._leaves(piece)
-            results = self.body.fused([*leaves])
-            if cotangents is None:
-                made = Results(*([t.detach() for t in g] for g in results))
-                collected.add(made, piece.body_span)
-            pairs = self._pairs(results, piece.body_span, cotangents)
-            return _slopes(leaves, [p for p in pairs if p[0].requires_grad])
+    def _piece(self, piece: Piece, cotangents: Cotangents | None, collected: Collected) -> Slopes:
+        """Gradients of the body's tensors."""
+        asked = zip(self.wanted.hidden, self.wanted.weight, strict=True)
+        wanted = (*(h or w for h, w in asked), *self.wanted.rows, *self.wanted.whole)
+        own = None if cotangents is None else self._cut(cotangents, piece.body_span)
+        of = Asked(wanted, tuple(self.differentiable))
+        made, slopes = self.pieces.differentiated(piece.tensors, of, own)
+        if cotangents is None:
+            collected.add(made, piece.body_span)
+        return slopes
+
+    def _cut(self, cotangents: Cotangents, span: slice) -> Cotangents:
+        """Those of some rows."""
+        rows = sum(self.differentiable[: len(self.body.rows)])
+        given = cotangents.given
+        return cotangents._replace(given=[*(g[span] for g in given[:rows]), *given[rows:]])
 
     def made(self) -> list[Tensor]:
         """The gradients of the wanted operands, in order."""
@@ -109,31 +100,7 @@ class Gradients:
         pairs = zip(self.operands.all, self.into.all, strict=True)
         return [into.to(t.dtype) for t, into in pairs if into is not None]
 
-    def _leaves(self, piece: Piece) -> list[Tensor]:
-        """The body's tensors."""
-        asked = zip(self.wanted.hidden, self.wanted.weight, strict=True)
-        return [
-            *_leaves(piece.matrices, [h or w for h, w in asked]),
-            *_leaves(piece.operands.rows, self.wanted.rows),
-            *_leaves(piece.operands.whole, self.wanted.whole),
-        ]
-
-    def _pairs(
-        self, results: Results, span: slice, cotangents: Cotangents | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The differentiable results of a chunk, each with its cotangent."""
-        flags = iter(self.differentiable)
-        rows, sums, matrices = ([t for t in group if next(flags)] for group in results)
-        if cotangents is None:
-            return [(g, torch.ones_like(g)) for g in (*rows, *sums)]
-        given = iter(cotangents.given)
-        pairs = [(row, next(given)[span]) for row in rows]
-        pairs += [(total, next(given)) for total in sums]
-        for matrix, total in zip(matrices, cotangents.totals, strict=True):
-            pairs.append((matrix, slope_of(matrix.detach(), total, next(given))))
-        return pairs
-
-    def _take(self, slopes: Sequence[Tensor | None], piece: Piece) -> None:
+    def _take(self, slopes: Slopes, piece: Piece) -> None:
         """Slopes take the place of products; gradients of the other tensors are taken in."""
         count = len(piece.products)
         asked = zip(self.wanted.hidden, self.wanted.weight, strict=True)
@@ -152,17 +119,6 @@ class Gradients:
         for factors, slope, (hidden, weight) in trios:
             if factors.is_wanted:
                 yield factors, Rows(part.span, slope, hidden, all_classes(weight))
-
-
-def _slopes(
-    leaves: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
-) -> list[Tensor | None]:
-    asked = [leaf for leaf in leaves if leaf.requires_grad]
-    if not pairs or not asked:
-        return [None] * len(leaves)
-    outputs, cotangents = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _put(slope: Tensor | None, product: Tensor) -> None:
@@ -189,21 +145,3 @@ def _rooms(
         return make(tensor, dtype=kind, memory_format=kept)
 
     return [room(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
-
-
-def _leaves(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    return [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Autograd for what an operator does inside, wherever the operator is called.
-
-    Compiled inference graphs run below autograd's dispatch keys, where ``enable_grad`` alone
-    records nothing and gradients would silently be zero.
-    """
-    keys = torch._C.DispatchKey
-    with torch.inference_mode(False), torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
-        for name in _AUTOGRAD_KEYS:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(getattr(keys, name), False)
-        yield

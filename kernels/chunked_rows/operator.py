@@ -5,7 +5,8 @@ tensors in one list and ``counts`` of the four groups. ``chunked_rows_with_gradi
 results and then a gradient for each operand that is ``wanted``, for a cotangent of one;
 ``chunked_rows_backward`` gives the gradients for ``cotangents`` of the differentiable results, of
 which those of columns are given again as ``totals``. With a ``filter_threshold`` above zero
-gradients are approximate, see `thinning`.
+gradients are approximate, see `thinning`. With
+``compiled`` the body runs by code of Inductor, see `compiled`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from torch import Tensor
 from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.chunks import Loop
 from graphopt.kernels.chunked_rows.columns import none_added
+from graphopt.kernels.chunked_rows.compiled import compiled as compiled_pieces
 from graphopt.kernels.chunked_rows.dispatch import evaluated
-from graphopt.kernels.chunked_rows.gradients import Cotangents, recording
 from graphopt.kernels.chunked_rows.operands import Operands, cast, check, few, grouped, products
+from graphopt.kernels.chunked_rows.steps import Cotangents, recording
 
 Tensors = Sequence[Tensor]
-Settings = tuple[str, int, list[bool], torch.dtype | None, float]
-"""Body, chunk_bytes, differentiable, autocast, filter_threshold: what every call ends with."""
+Settings = tuple[str, int, list[bool], torch.dtype | None, float, bool]
+"""Body, chunk_bytes, differentiable, autocast, filter_threshold, compiled: what every call ends
+with."""
 
 library = torch.library.Library("graphopt", "FRAGMENT")
 _SETTINGS = (
     "str body, int chunk_bytes, bool[] differentiable, ScalarType? autocast=None, "
-    "float filter_threshold=0.0"
+    "float filter_threshold=0.0, bool compiled=False"
 )
 _FLAT = f"Tensor[] tensors, int[] counts, {_SETTINGS}"
 for _schema in (
@@ -58,9 +61,10 @@ def autocast_of(tensor: Tensor) -> torch.dtype | None:
 
 
 def _loop(operands: Operands[Tensor], settings: Settings) -> Loop:
-    body, chunk_bytes, differentiable, autocast, threshold = settings
+    body, chunk_bytes, differentiable, autocast, threshold, by_inductor = settings
     check(operands, read(body), chunk_bytes, len(differentiable), threshold)
-    return Loop(read(body), operands, chunk_bytes, autocast, threshold)
+    pieces = compiled_pieces(body, len(operands.hidden)) if by_inductor else None
+    return Loop(read(body), operands, chunk_bytes, autocast, threshold, pieces)
 
 
 def _run(
@@ -73,9 +77,12 @@ def _run(
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
     filter_threshold: float = 0.0,
+    compiled: bool = False,
 ) -> list[Tensor]:
     operands = Operands(hidden, weight, rows, whole)
-    loop = _loop(operands, (body, chunk_bytes, differentiable, autocast, filter_threshold))
+    loop = _loop(
+        operands, (body, chunk_bytes, differentiable, autocast, filter_threshold, compiled)
+    )
     with torch.no_grad(), casting(hidden, autocast):
         found = evaluated(loop.body, operands, autocast, filter_threshold)
         return loop.run() if found is None else found
@@ -89,11 +96,13 @@ def _run_with_gradients(
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
     filter_threshold: float = 0.0,
+    compiled: bool = False,
     *,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     loop = _loop(
-        grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast, filter_threshold)
+        grouped(tensors, counts),
+        (body, chunk_bytes, differentiable, autocast, filter_threshold, compiled),
     )
     with torch.no_grad(), casting(tensors, autocast):
         return loop.run_with_gradients(wanted, differentiable)
@@ -107,13 +116,15 @@ def _backward(
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
     filter_threshold: float = 0.0,
+    compiled: bool = False,
     *,
     wanted: Sequence[bool],
     cotangents: Tensors,
     totals: Tensors,
 ) -> list[Tensor]:
     loop = _loop(
-        grouped(tensors, counts), (body, chunk_bytes, differentiable, autocast, filter_threshold)
+        grouped(tensors, counts),
+        (body, chunk_bytes, differentiable, autocast, filter_threshold, compiled),
     )
     with torch.no_grad(), casting(tensors, autocast):
         return loop.gradients(wanted, differentiable, Cotangents(cotangents, totals))
@@ -129,6 +140,7 @@ def _fake(
     differentiable: list[bool],
     autocast: torch.dtype | None = None,
     filter_threshold: float = 0.0,
+    compiled: bool = False,  # noqa: ARG001 - results are the same
 ) -> list[Tensor]:
     """Shapes and dtypes from a few rows: nothing about their real number is asked."""
     operands = Operands(hidden, weight, rows, whole)

@@ -32,7 +32,7 @@ _FEWEST = 128
 _ELSEWHERE = 256 * 2**20
 """Bytes of the products of a chunk on other devices, which smaller products leave idle."""
 
-_PIECE = 2**21
+PIECE = 2**21
 """Numbers of the products of a piece: 8 MiB in float32, which stay in a cache."""
 
 
@@ -84,7 +84,7 @@ class Chunk:
         width = sum(p.shape[1] for p in self.products)
         on_cpu = self.products[0].device.type == "cpu"
         count = self.span.stop - self.span.start
-        for span in _even(count, _PIECE // max(1, width) if on_cpu else count):
+        for span in _even(count, PIECE // max(1, width) if on_cpu else count):
             start, stop = self.span.start + span.start, self.span.start + span.stop
             products = [p[span] for p in self.products]
             yield Piece(slice(start, stop), part(self.operands, span), products)

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from graphopt.kernels.chunked_rows import chunked_rows, read
 from graphopt.kernels.chunked_rows.chunks import Loop
-from graphopt.kernels.chunked_rows.gradients import Cotangents
 from graphopt.kernels.chunked_rows.operands import Operands, cast
+from graphopt.kernels.chunked_rows.steps import Cotangents
 
 grad = torch.autograd.grad
 
