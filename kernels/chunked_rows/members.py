@@ -29,6 +29,11 @@ class Member:
     of_log: bool
 
     @property
+    def normalised(self) -> bool:
+        """Whether it reads ``log_softmax(x)``, which is NaN along all of a row that has none."""
+        return self.of_log
+
+    @property
     def total(self) -> bool:
         """Whether it needs the sum of each row."""
         return False
@@ -75,7 +80,8 @@ class LogSumExp(Member):
     keepdim: bool
 
     def give(self, c: Columns) -> Tensor:
-        return _kept(c.norm.where(c.peak.isfinite(), c.peak), self.keepdim)
+        known = c.peak.isfinite() | (c.norm == c.peak)
+        return _kept(c.norm.where(known, c.peak), self.keepdim)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,10 @@ class Loss(Member):
     summed: bool
     ignored: int
     smoothing: float
+
+    @property
+    def normalised(self) -> bool:
+        return True
 
     @property
     def per_row(self) -> tuple[Any, ...]:

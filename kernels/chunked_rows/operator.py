@@ -142,13 +142,15 @@ def _fake(
     filter_threshold: float = 0.0,
     compiled: bool = False,  # noqa: ARG001 - results are the same
 ) -> list[Tensor]:
-    """Shapes and dtypes from a few rows: nothing about their real number is asked."""
+    """Shapes and dtypes from a few rows: nothing about their real number is asked.
+
+    Under autograd's keys, as where a program is captured: below them torch reads the arguments of
+    ``nll_loss`` on symbolic sizes as those of its namesake in `torch.nn.functional`.
+    """
     operands = Operands(hidden, weight, rows, whole)
     check(operands, read(body), chunk_bytes, len(differentiable), filter_threshold)
     short = cast(few(operands), autocast)
-    # Above autograd's keys composites come apart. Below, torch gives those with symbolic classes to
-    # its Python references, and that of `nll_loss` has other parameters.
-    with casting(hidden, autocast), recording(), torch.no_grad():
+    with recording(), torch.no_grad(), casting(hidden, autocast):
         per_row, sums, matrices = read(body)([*products(short), *short.rows, *whole])
     count = hidden[0].shape[0] * operands.groups
     made = [t.new_empty((count, *t.shape[1:])) for t in per_row]

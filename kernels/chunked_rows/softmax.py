@@ -21,6 +21,8 @@ class Wanted(NamedTuple):
         weight: of the classes, ``(V,)``, for a weighted sum; has no gradient.
         total: whether the sum of each row is asked for.
         top: whether the largest of each row is.
+        normalised: whether ``x - norm`` is. Without it a row that has an inf is one to
+            ``logsumexp``: its norm is inf, its slope NaN there and zero elsewhere.
         in_place: whether ``x`` may be written over.
     """
 
@@ -28,6 +30,7 @@ class Wanted(NamedTuple):
     weight: Tensor | None
     total: bool
     top: bool
+    normalised: bool
     in_place: bool
 
 
@@ -35,7 +38,7 @@ class Columns(NamedTuple):
     """``(n, 1)`` each, but ``own (n, k)``; float32, or float64 for float64.
 
     Attributes:
-        norm: ``log sum exp``; NaN in rows without a softmax, as in ``log_softmax``.
+        norm: ``log sum exp``; NaN in rows without a softmax where ``log_softmax`` is asked for.
         own: the picked numbers.
         peak: the largest number, as a constant.
         top: the same, with its gradient.
@@ -75,9 +78,15 @@ class _Softmax(torch.autograd.Function):
         ctx.kind, ctx.wanted, ctx.ties = x.dtype, wanted, None
         if wanted.top and ctx.needs_input_grad[0]:
             ctx.ties = wide == peak
+        infinite = None if wanted.normalised else _infinite(wide, peak)
         free = wide.is_contiguous() and (wanted.in_place or wide.dtype != x.dtype)
         ctx.softmax = _softmax(wide, wide if free else torch.empty_like(wide))
+        if infinite is not None:
+            rows, slope = infinite
+            ctx.softmax[rows] = slope
         norm = peak - ctx.softmax.amax(1, keepdim=True).log()
+        if not wanted.normalised:
+            norm = norm.where(peak.isfinite(), peak)
         ctx.mark_non_differentiable(peak)
         return norm, peak, own, total, weighted, peak.clone() if wanted.top else None
 
@@ -99,6 +108,15 @@ class _Softmax(torch.autograd.Function):
         if own is not None:
             slope.scatter_add_(1, ctx.wanted.places, own)
         return slope.to(ctx.kind), None
+
+
+def _infinite(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The rows that have an inf, and what stands for their softmax: NaN there, zero elsewhere."""
+    rows = (peak == torch.inf).squeeze(1).nonzero().squeeze(1)
+    if not len(rows):
+        return None
+    some = x[rows]
+    return rows, torch.zeros_like(some).masked_fill_(some == torch.inf, torch.nan)
 
 
 def _softmax(x: Tensor, out: Tensor) -> Tensor:

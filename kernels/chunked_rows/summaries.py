@@ -55,6 +55,7 @@ class Summaries:
             weight=weight,
             total=any(m.total for m in members),
             top=any(m.top for m in members),
+            normalised=any(m.normalised for m in members),
             in_place=self.in_place,
         )
         found = columns(x, wanted)

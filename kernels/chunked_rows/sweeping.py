@@ -95,9 +95,11 @@ class Sweep:
             any(isinstance(m, Best) for m in members),
             product.filter_threshold,
         )
-        norm, own, total, best = (t.unsqueeze(1) for t in (lse, own, total, best))
-        classes = product.weight.shape[0]
-        return Columns(norm, norm.detach(), own, total, None, None, None, classes, best)
+        lse, own, total, best = (t.unsqueeze(1) for t in (lse, own, total, best))
+        norm, classes = lse, product.weight.shape[0]
+        if any(m.normalised for m in members):  # a row without a softmax: NaN, its slopes too
+            norm = lse * torch.where(lse.detach().isfinite(), 1.0, torch.nan)
+        return Columns(norm, lse.detach(), own, total, None, None, None, classes, best)
 
     def _hidden(self, product: Product) -> Tensor:
         """Times ``a``, but not in float16, whose range might not do."""

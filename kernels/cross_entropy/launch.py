@@ -100,7 +100,8 @@ def _merged(head: Head, parts: _Spans) -> Summaries:
         entropy = total.log() - (scale * spread).sum(0) / total
     if parts.best is not None:
         argmax = parts.best.gather(0, parts.maximum.argmax(0, keepdim=True)).squeeze(0).long()
-    return Summaries(top + total.log(), own, logit_sum, entropy, argmax)
+    lse = (top + total.log()).where(top < torch.inf, top)
+    return Summaries(lse, own, logit_sum, entropy, argmax)
 
 
 def backward(

@@ -170,7 +170,7 @@ def _acts_along_classes(value: fx.Node, place: Placement, shift: int) -> bool:
 
 
 def _one_hot(t: Translation, value: fx.Node, place: Placement, shift: int) -> Found | None:
-    """``one_hot(labels)``: where the label is the class."""
+    """``one_hot(labels)``; scattered, so that a label that is no class is an error here too."""
     labels: Any = value.args[0]
     dims = {d: d - shift for d in place.dims}
     if set(dims.values()) != set(range(val(labels).dim())) or t.late(labels):
@@ -178,7 +178,14 @@ def _one_hot(t: Translation, value: fx.Node, place: Placement, shift: int) -> Fo
     column = t.row_input(RowInput(labels, place.moved(dims)))
     if isinstance(column, Refusal):
         return column
-    same = t.body(aten.eq.Tensor, column, t.class_indices())
+    first, classes = t.products[0], val(value).shape[-1]
+    none = t.body(aten.detach.default, t.logits[0])
+    if not statically_known_true(classes == val(first.node).shape[first.class_dim]):
+        if not isinstance(classes, int):
+            return None
+        none = t.body(aten.slice.Tensor, none, 1, 0, classes)
+    none = t.body(aten.full_like.default, none, False, dtype=torch.bool)
+    same = t.body(aten.scatter.value, none, 1, column, True)
     return t.body(aten._to_copy.default, same, dtype=val(value).dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,10 @@ class _Mass:
         counts = build(aten.ne.Scalar, self.target, self.ignored)
         if self.weight is None:
             return build(aten.sum.default, counts, dtype=torch.float64)
-        safe = build(aten.reshape.default, build(aten.mul.Tensor, self.target, counts), [-1])
+        # A class that does not exist is the body's to refuse, which names the row.
+        named = build(aten.mul.Tensor, self.target, counts)
+        last = build(operator.sub, build.size(self.weight, 0), 1)
+        safe = build(aten.reshape.default, build(aten.clamp.default, named, 0, last), [-1])
         each = build(aten.index_select.default, self.weight, 0, safe)
         counts = build(aten.reshape.default, counts, [-1])
         return build(aten.sum.default, build(aten.mul.Tensor, each, counts), dtype=torch.float64)

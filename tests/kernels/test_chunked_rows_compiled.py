@@ -65,6 +65,23 @@ def test_compiled_with_sizes_that_change() -> None:
         assert_close(found, torch.autograd.grad(exact.dense()[1], exact.leaves), 1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_compiled_with_all_sizes_open(reduction: str) -> None:
+    """Classes and features too, as where all operands are arguments of a function."""
+    body = "def body(x, t):\n    a = aten.cross_entropy_loss.default(x, t, None, 0)\n"
+    ends = {"none": "    return [a], []", "sum": "    b = aten.sum.default(a)\n    return [], [b]"}
+    ends["mean"] = "    b = aten.mean.default(a)\n    return [], [b]"
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def loss(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return chunked_rows([h], [w], [t], [], body + ends[reduction], 2**20, [True])[0]
+
+    call = make(CROSS_ENTROPY, 5, 123, 7)
+    h, w, t = call.hidden[0], call.weight[0], call.rows[0]
+    wanted = torch.nn.functional.cross_entropy(h @ w.mT, t, reduction=reduction)
+    assert_close([loss(h, w, t)], [wanted.double()], 1e-5)
+
+
 def test_compiled_under_autocast() -> None:
     call = make(PER_ROW, 123, 123, 7, 4 * 123 * 2)
 

@@ -13,6 +13,7 @@ from graphopt.kernels.chunked_rows import Body, read
 from graphopt.kernels.chunked_rows.chunks import Loop
 from graphopt.kernels.chunked_rows.operands import Operands
 from graphopt.kernels.chunked_rows.summaries import Summaries
+from graphopt.kernels.chunked_rows.sweeping import Product
 
 LINES = {
     "cross entropy": "a = aten.cross_entropy_loss.default(x, t, None, 0)",
@@ -157,11 +158,35 @@ def test_odd_numbers(case: str, odd: str) -> None:
     tensors = operands()
     rows, classes, number = ODD[odd]
     tensors[0][rows, classes] = number
-    (found, slope), (wanted, eager) = ran(body.fused, tensors), ran(body, tensors)
-    same([found], [wanted], 1e-9)
-    # Of a log-sum-exp of inf the slope is NaN for one class in eager mode, here for the row.
-    broken = eager.isnan().any(1, keepdim=True)
-    same([slope], [eager.masked_fill(broken, float("nan"))], 1e-9)
+    same(ran(body.fused, tensors), ran(body, tensors), 1e-9)
+
+
+@pytest.mark.parametrize("number", [INF, -INF, float("nan")])
+@pytest.mark.parametrize("case", ["cross entropy", "logsumexp", "z", "loss and z"])
+def test_odd_numbers_in_a_sweep(case: str, number: float) -> None:
+    """Infinite logits are NaN to a log-softmax all along their row, to a log-sum-exp at one."""
+    both = f"{LINES['cross entropy'].replace('a =', 'b =')}; {LINES['z'].replace('a =', 'c =')}"
+    lines = LINES.get(case, f"{both}; a = aten.add.Tensor(b, c)")
+    body = read(chained("", lines).replace("(p, t, s, i, k, w, bias)", "(p, t)"))
+    assert body.swept is not None
+    hidden, weight = torch.randn(6, 4), torch.randn(11, 4)
+    hidden[3, 0], weight[:, 0] = number, torch.linspace(-1.0, -0.1, 11)
+    weight[5:, 0] *= -1
+    pairs = []
+    for run in (lambda h, w: body([h @ w.mT, TARGET]), lambda h, w: swept(body, h, w)):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        (made,), _, _ = run(*leaves)
+        pairs.append([made, *torch.autograd.grad(made.sum(), leaves)])
+    same(*pairs, 1e-4)
+
+
+TARGET = torch.tensor([0, 10, 3, 3, 7, 1])
+
+
+def swept(body: Body, hidden: Tensor, weight: Tensor) -> Any:
+    assert body.swept is not None
+    program, _ = body.swept
+    return program([Product(hidden, weight), TARGET])
 
 
 def test_zero_class_weights_and_no_target() -> None:

@@ -234,6 +234,18 @@ def test_classes_that_a_bias_rules_out() -> None:
     assert not found[1][:100].any()
 
 
+def test_an_infinite_logit() -> None:
+    """As in ``logsumexp``: inf, whose slope is NaN at that class and zero at the others."""
+    call = make(37, 257, 7, ("bias",))
+    with torch.no_grad():
+        call.bias[200] = torch.inf
+    lse = call.rows()[0]
+    assert lse.equal(torch.full_like(lse, torch.inf))
+    (slope,) = torch.autograd.grad(lse.sum(), call.bias)
+    assert slope.isnan().nonzero().flatten().tolist() == [200]
+    assert not slope.nan_to_num().any()
+
+
 def test_targets_out_of_range_are_refused() -> None:
     call = make(5, 123, 7)
     call.target[3] = 123
