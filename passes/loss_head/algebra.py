@@ -152,11 +152,36 @@ def constant(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
     """One number in every place."""
     number = given.get("fill_value", given.get("value", name_of(node) == "ones_like"))
     if isinstance(number, fx.Node):
-        return Refusal("what it is filled with is computed", node)
+        one = t.whole(number)
+        refused = isinstance(one, Refusal)
+        return one if refused else t.body(aten.fill.Tensor, t.values[given["self"]], one)
     if val(given["self"]).device != val(node).device:
         return Refusal("it moves rows to another device", node)
     like = t.body(aten.detach.default, t.values[given["self"]])
     return t.body(aten.full_like.default, like, number, dtype=val(node).dtype)
+
+
+@handles("slice_scatter", "select_scatter")
+def replaced(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
+    """Some classes of each row, one after the other, taken from another tensor."""
+    main, source = given["self"], given["src"]
+    if main not in t.values:
+        return Refusal(f"`{main.name}` is written to", node)
+    dim = given["dim"] % val(main).dim()
+    if refusal := t.only_classes(node, {dim}):
+        return refusal
+    one = "index" in given
+    placed = t.beside(source, main, node, without=dim) if one else t.operand(source, node)
+    if isinstance(placed, Refusal):
+        return placed
+    first = given["index"] if one else given["start"] or 0
+    classes, count = val(main).shape[dim], 1 if one else val(source).shape[dim]
+    if not all(isinstance(n, int) for n in (first, classes, count)) or given.get("step", 1) != 1:
+        return Refusal("it takes classes apart", node)
+    first = first + classes if first < 0 else min(first, classes)
+    value, cut = t.values[main], aten.slice.Tensor
+    parts = [t.body(cut, value, 1, 0, first), placed, t.body(cut, value, 1, first + count, classes)]
+    return t.body(aten.cat.default, parts, 1)
 
 
 _ONE_NAME = "dynamic_shapes, with one name for axes of one size"

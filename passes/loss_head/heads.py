@@ -139,6 +139,26 @@ def margin(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return loss(30.0 * (cosine - 0.3 * F.one_hot(t, CLASSES)), t)
 
 
+def margin_in_place(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    x, rows = F.linear(flat(h), m.w), torch.arange(t.numel())
+    x[rows, t.flatten()] -= 0.3
+    return loss(10.0 * x, t)
+
+
+def without_classes(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Classes that are none, and one that is another's double, written over."""
+    x = m.logits(h)
+    x[..., 512:] = -1e4
+    x[..., 7] = 0.5 * x[..., 3] - 1
+    return loss(x, t % 512)
+
+
+def yes_or_no(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    """Two tokens of all."""
+    x = m.logits(h)
+    return F.softplus((x[..., 7] - x[..., 9]) * t.sign()).mean()
+
+
 def of_two_halves(m: Head, h: Tensor, t: Tensor) -> Tensor:
     """Rafailov et al. 2023, with the preferred answers and the others apart."""
     logs = [chosen(x, y).sum(-1) for x, y in zip(m.logits(h).chunk(2), t.chunk(2), strict=True)]
@@ -269,6 +289,9 @@ HEADS: dict[str, Function] = {
     "distilled": distilled,
     "Jensen-Shannon": jensen_shannon,
     "margin": margin,
+    "margin in place": margin_in_place,
+    "without classes": without_classes,
+    "yes or no": yes_or_no,
     "preferred": preferred,
     "policy, entropy": policy,
     "contrastive": contrastive,
@@ -342,6 +365,12 @@ def _summary_first(m: Head, h: Tensor, _: Tensor) -> Tensor:
     return m.logits(h).mT.topk(3, 1)[0] * 2
 
 
+def _rows_written(m: Head, h: Tensor, t: Tensor) -> Tensor:
+    x = flat(m.logits(h))
+    x[5:9] = 0.0
+    return loss(x, t)
+
+
 def _shorter(m: Head, h: Tensor, t: Tensor) -> Tensor:
     return -m.logits(h).log_softmax(-1).gather(-1, t[:2].unsqueeze(-1)).mean()
 
@@ -349,6 +378,7 @@ def _shorter(m: Head, h: Tensor, t: Tensor) -> Tensor:
 def near_misses() -> Iterator[Example]:
     yield case("returned", _returned, training=True, reason="output of the model")
     yield case("mean over rows", _over_rows, training=True, reason="some of the rows")
+    yield case("rows written", _rows_written, training=True, reason="mixes rows")
     yield case("fewer rows", _shorter, training=True, reason="fewer rows")
     for name, function, reason in grouped.MISSES:
         yield case(name, function, training=True, reason=reason)

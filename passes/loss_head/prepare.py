@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.loss_head.columns import LossOfColumns
 from graphopt.passes.loss_head.counts import SelectAlike
+from graphopt.passes.loss_head.entries import GatherByArange, ScatterByArange, case
 from graphopt.passes.loss_head.groups import SplitClasses
 from graphopt.passes.loss_head.select import SelectFirst
 from graphopt.program import Program, val
@@ -47,6 +48,7 @@ class SpellSummaries(Pass):
         select = SelectFirst(self.min_bytes, lazy_logits=self.lazy_logits)
         return (
             GatherByArange(),
+            ScatterByArange(),
             GatherDiagonal(),
             LogAddExp(),
             LossOfColumns(),
@@ -54,49 +56,6 @@ class SpellSummaries(Pass):
             SplitClasses(self.min_bytes),
             select,
         )
-
-
-class GatherByArange(Rule):
-    """``x[arange(n), t] = gather(x, 1, t)`` for ``x (n, V)``; negative entries of ``t`` count from
-    the back."""
-
-    profit = Profit.ALWAYS
-    numeric = Numeric.BITWISE
-
-    def find(self, program: Program) -> Iterator[Candidate]:
-        for node in program.graph.find_nodes(op="call_function", target=aten.index.Tensor):
-            source, indices = node.args[:2]
-            if val(source).dim() == 2 and len(indices) == 2 and None not in indices:
-                rows, classes = indices
-                if rows.target in (aten.arange.default, aten.arange.start):
-                    bound = {"x": source, "rows": rows, "classes": classes}
-                    yield Candidate(Match(program, (node,), (node,), bound))
-
-    def check(self, match: Match) -> Refusal | None:
-        rows, classes, x = (match.val(k) for k in ("rows", "classes", "x"))
-        given = arguments(match["rows"])
-        if classes.dim() != 1 or classes.dtype is not torch.int64:
-            return Refusal("the classes are no vector of int64", match["classes"])
-        if given.get("start", 0) != 0 or not statically_known_true(rows.shape[0] == x.shape[0]):
-            return Refusal("the rows are not all rows in order", match["rows"])
-        if not statically_known_true(classes.shape[0] == x.shape[0]):
-            return Refusal("there may be fewer classes than rows", match["classes"])
-        return None
-
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:
-        x, classes = match["x"], match["classes"]
-        behind = build(aten.add.Tensor, classes, build.size(x, 1))
-        named = build(aten.where.self, build(aten.lt.Scalar, classes, 0), behind, classes)
-        index = build(aten.unsqueeze.default, named, 1)
-        return build(aten.squeeze.dim, build(aten.gather.default, x, 1, index), 1)
-
-    def examples(self) -> Iterable[Example]:
-        yield _case("labels", lambda x, t: x[torch.arange(5), t])
-        yield _case("from the back", lambda x, t: x[torch.arange(5), t - 7])
-
-    def near_misses(self) -> Iterable[Example]:
-        yield _case("every other row", lambda x, t: x[torch.arange(0, 5, 2), t[:3]])
-        yield _case("later rows", lambda x, t: x[torch.arange(1, 5), t[1:]], "all rows in order")
 
 
 class GatherDiagonal(Rule):
@@ -125,12 +84,12 @@ class GatherDiagonal(Rule):
         return build(aten.squeeze.dim, build(aten.gather.default, x, 1, index), 1)
 
     def examples(self) -> Iterable[Example]:
-        yield _case("diag", lambda x, _: (x @ x.mT).diag())
-        yield _case("diagonal", lambda x, _: (x @ x.mT).diagonal() * 2)
+        yield case("diag", lambda x, _: (x @ x.mT).diag())
+        yield case("diagonal", lambda x, _: (x @ x.mT).diagonal() * 2)
 
     def near_misses(self) -> Iterable[Example]:
-        yield _case("above", lambda x, _: (x @ x.mT).diagonal(1), "main diagonal")
-        yield _case("wide", lambda x, _: x.diagonal(), "square")
+        yield case("above", lambda x, _: (x @ x.mT).diagonal(1), "main diagonal")
+        yield case("wide", lambda x, _: x.diagonal(), "square")
 
 
 class LogAddExp(Rule):
@@ -165,16 +124,16 @@ class LogAddExp(Rule):
         return build(aten.logaddexp.default, *pair)
 
     def examples(self) -> Iterable[Example]:
-        yield _case("mixture", lambda x, _: torch.stack([x, x * 2]).logsumexp(0))
-        yield _case("shifted", lambda x, _: (torch.stack([x, x * 2]) + 0.5).logsumexp(0))
-        yield _case("in training", lambda x, _: torch.stack([x, x * 2]).logsumexp(0), train=True)
+        yield case("mixture", lambda x, _: torch.stack([x, x * 2]).logsumexp(0))
+        yield case("shifted", lambda x, _: (torch.stack([x, x * 2]) + 0.5).logsumexp(0))
+        yield case("in training", lambda x, _: torch.stack([x, x * 2]).logsumexp(0), train=True)
 
     def near_misses(self) -> Iterable[Example]:
         shift = torch.randn(2, 1, 1)
-        yield _case("shifted apart", lambda x, _: (torch.stack([x, x]) + shift).logsumexp(0))
-        yield _case("kept", lambda x, _: torch.stack([x, x]).logsumexp(0, True), "kept")
-        yield _case("of three", lambda x, _: torch.stack([x, x, x]).logsumexp(0))
-        yield _case("other dim", lambda x, _: torch.stack([x, x]).logsumexp(1))
+        yield case("shifted apart", lambda x, _: (torch.stack([x, x]) + shift).logsumexp(0))
+        yield case("kept", lambda x, _: torch.stack([x, x]).logsumexp(0, True), "kept")
+        yield case("of three", lambda x, _: torch.stack([x, x, x]).logsumexp(0))
+        yield case("other dim", lambda x, _: torch.stack([x, x]).logsumexp(1))
 
 
 def _adds_number(node: Any) -> bool:
@@ -183,20 +142,3 @@ def _adds_number(node: Any) -> bool:
         return False
     shift = node.args[1]
     return not isinstance(shift, fx.Node) or val(shift).dim() == 0
-
-
-def _case(name: str, function: Any, reason: str = "", *, train: bool = False) -> Example:
-    def inputs() -> tuple[Tensor, Tensor]:
-        return torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
-
-    return Example(name, lambda: _Function(function), inputs, reason=reason, training=train)
-
-
-class _Function(nn.Module):
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        made: Tensor = self.function(x, t)
-        return made

@@ -42,11 +42,12 @@ def _of_classes(
     before: Sequence[Placement],
     after: Sequence[Placement],
 ) -> Found:
-    """Some classes one after the other."""
-    if [len(p.legs) for p in (*before, *after)] != [1, 1]:
+    """Some classes one after the other, or one of them."""
+    if len(before) != 1 or len(before[0].legs) != 1 or len(after) != 1 or len(after[0].legs) > 1:
         return Refusal("it repeats or cuts what belongs to a row", node)
-    first, size = after[0].start - before[0].start, after[0].legs[0].size
-    if not isinstance(first, int) or not isinstance(size, int) or after[0].legs[0].step != 1:
+    step, size = (after[0].legs[0].step, after[0].legs[0].size) if after[0].legs else (1, 1)
+    first = after[0].start - before[0].start
+    if not isinstance(first, int) or not isinstance(size, int) or step != 1:
         return Refusal("it takes classes apart", node)
     return t.body(aten.slice.Tensor, value, 1, first, first + size)
 

@@ -102,7 +102,8 @@ class Translation:
         return product(size for d, size in enumerate(shape_of(node)) if d not in rows)
 
     def is_matrix(self, node: fx.Node) -> bool:
-        return bool(self.classes.places(node)) and bool(self.flow.places(node))
+        """Whether a value has rows and classes; one class of them is a column."""
+        return any(p.legs for p in self.classes.places(node)) and bool(self.flow.places(node))
 
     def late(self, node: fx.Node) -> bool:
         """Whether a node depends on the products."""
@@ -170,13 +171,13 @@ class Translation:
 
     def _misplaced(self, node: fx.Node) -> Refusal | None:
         """Refuse a value whose rows or classes are no longer one axis each."""
-        place, classes = self.place(node), self.classes.places(node)
+        place, classes = self.place(node), [p for p in self.classes.places(node) if p.legs]
         if place is None or self.rows.held(place) is None:
             mix = self.flow.mixes.get(node)
             return Refusal(mix.reason if mix else "its rows are laid out in another way", node)
         if self._mixed(node, place):
             return Refusal("rows share an axis with something else", node)
-        if len(classes) > 1 or any(p.dim is None and not p.pinned for p in classes):
+        if len(classes) > 1 or any(p.dim is None for p in classes):
             return Refusal("the classes are split over several axes", node)
         if node in self.classes.unknown:
             return Refusal(self.classes.unknown[node].reason, node)
