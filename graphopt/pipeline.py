@@ -14,6 +14,7 @@ from graphopt.program import Program
 from graphopt.quantized_outputs import Outputs
 from graphopt.quantized_summary import Gathered, state_bytes
 from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary, Report
+from graphopt.report.text import share_text
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
@@ -234,7 +235,8 @@ def _record(
         verdict = outcome.verdicts[rewrite.key]
         report.applied.append(_applied(step, rewrite, verdict, digest))
         if not context.quantized.take(rewrite, verdict) and rewrite.remark:
-            report.notes.append(rewrite.remark)
+            share = share_text(verdict.share)
+            report.notes.append(f"{rewrite.remark} ({share})" if share else rewrite.remark)
     for verdict in rejected.values():
         report.missed.append(_taken_back(step, verdict))
     for missed in outcome.log.missed.values():
@@ -285,6 +287,7 @@ def _applied(step: Pass, rewrite: Rewrite, verdict: Verdict, digest: str) -> App
         gradient_bound=gradients.bound if gradients else None,
         runs=verdict.runs,
         notes=tuple(verdict.notes),
+        gradient_share=verdict.share,
     )
     speedup = verdict.pace.old / verdict.pace.new if verdict.pace else None
     return Applied(

@@ -30,6 +30,8 @@ class Certificate:
         original_error: the same RMS error of what stood there before.
         bound: what ``error`` had to stay under; 0 demands equal bits.
         gradient_error, gradient_bound: likewise for vector-Jacobian products, where they exist.
+        gradient_share: how much of the products that make gradients a filter kept, on the first
+            inputs; ``None`` without a filter.
         runs: sets of inputs it was measured on (captured values, fresh values, unseen sizes).
     """
 
@@ -47,6 +49,7 @@ class Certificate:
     gradient_bound: float | None = None
     runs: int = 0
     notes: tuple[str, ...] = ()
+    gradient_share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from graphopt.report.text import (
     counted,
     error_text,
     seconds_text,
+    share_text,
     short_source,
     speedup_text,
 )
@@ -243,4 +244,5 @@ def _gradients(certificate: Certificate) -> str:
     if certificate.gradient_error is None:
         return "none"
     allowed = error_text(certificate.gradient_bound)
-    return f"{error_text(certificate.gradient_error)}, allowed {allowed}"
+    text = f"{error_text(certificate.gradient_error)}, allowed {allowed}"
+    return "; ".join(filter(None, (text, share_text(certificate.gradient_share))))

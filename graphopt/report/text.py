@@ -72,7 +72,13 @@ def certificate_text(certificate: Certificate) -> str:
     text = _against(certificate.error, certificate.bound)
     if certificate.gradient_error is None or certificate.gradient_bound is None:
         return text
-    return f"{text}, gradients {_against(certificate.gradient_error, certificate.gradient_bound)}"
+    text = f"{text}, gradients {_against(certificate.gradient_error, certificate.gradient_bound)}"
+    return ", ".join(filter(None, (text, share_text(certificate.gradient_share))))
+
+
+def share_text(share: float | None) -> str:
+    """How much of the gradient products a filter kept."""
+    return "" if share is None else f"{share:.1%} of the gradient products kept"
 
 
 def _against(error: float, bound: float) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.kernels.filtering import kept
 from graphopt.program import Program, is_random, val
 from graphopt.rewrite.driver import Log, Rewrite
 from graphopt.rewrite.rule import Numeric, Rule
@@ -37,7 +38,8 @@ class Verdict:
     """What replaying showed for one rewrite: errors of outputs and of gradients, and its speed.
 
     ``pace`` holds the times of the original and the new piece, where they were measured;
-    ``energies`` of a lossy rewrite are those of its floating outputs.
+    ``energies`` of a lossy rewrite are those of its floating outputs; ``share`` is how much of the
+    gradient products a filter kept, on the first inputs.
     """
 
     rewrite: Rewrite
@@ -47,6 +49,7 @@ class Verdict:
     pace: Pace | None = None
     notes: list[str] = field(default_factory=list)
     energies: tuple[Energy, ...] = ()
+    share: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -63,6 +66,7 @@ class Verdict:
             self.pace or other.pace,
             list(dict.fromkeys(self.notes + other.notes)),
             self._joined(other),
+            other.share if self.share is None else self.share,
         )
 
     def _joined(self, other: Verdict) -> tuple[Energy, ...]:
@@ -255,7 +259,9 @@ def _judge_gradients(
         rewrite.rule, _gradients_or_none(full, after, shared, old), old, wide
     )
     if full is not rewrite.after and verdict.gradients.ok:
-        new = _gradients_or_none(rewrite.after, after, shared, old)
+        with kept() as shares:
+            new = _gradients_or_none(rewrite.after, after, shared, old)
+        verdict.share = sum(map(float, shares)) / len(shares) if shares else None
         tolerance = rewrite.rule.gradient_tolerance
         verdict.gradients = _compared(rewrite.rule, new, old, wide, tolerance)
         verdict.notes.append(rewrite.rule.caveat)

@@ -113,7 +113,8 @@ def test_flat_logits() -> None:
 
 def test_the_report_says_so() -> None:
     model, args = Head().train(), inputs()
-    report = compiled(model, *args).report
+    fast = compiled(model, *args)
+    report = fast.report
     (certificate,) = [a.certificate for a in report.applied if "Filtered" in a.rule]
     assert certificate.gradient_bound == BOUND
     assert certificate.gradient_error is not None
@@ -122,6 +123,14 @@ def test_the_report_says_so() -> None:
     assert certificate.notes == (CAVEAT,)
     assert any(CAVEAT in line for line in explain_lines(report))
     assert CAVEAT.partition("'")[0] in report.to_html()
+    share = certificate.gradient_share
+    assert share is not None
+    assert [share] == pytest.approx(shares_of(lambda: gradients(model, fast, *args)))
+    text = f"{share:.1%} of the gradient products kept"
+    assert 0.05 < share < 0.12
+    assert any(text in line for line in explain_lines(report))
+    assert report.to_html().count(text) > 1  # beside the certificate too
+    assert Report.from_json(report.to_json()).applied[-1].certificate.gradient_share == share
     explained = graphopt.explain(model, example_inputs=args, passes=PASSES)
     assert any(CAVEAT in line for line in explain_lines(explained))
 
