@@ -27,7 +27,8 @@ from __future__ import annotations
 from graphopt.kernels.chunked_rows.autograd import chunked_rows
 from graphopt.kernels.chunked_rows.body import Body, read
 from graphopt.kernels.chunked_rows.parsing import filled, parse
+from graphopt.kernels.chunked_rows.pieces import rows_of_chunk
 from graphopt.kernels.chunked_rows.spelling import spell
 from graphopt.kernels.chunked_rows.vocabulary import allowed
 
-__all__ = ["Body", "allowed", "chunked_rows", "filled", "parse", "read", "spell"]
+__all__ = ["Body", "allowed", "chunked_rows", "filled", "parse", "read", "rows_of_chunk", "spell"]

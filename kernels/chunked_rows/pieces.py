@@ -96,11 +96,23 @@ def spans(operands: Operands[Tensor], chunk_bytes: int) -> Iterator[slice]:
     Args:
         chunk_bytes: of all products of a chunk together; 0 for the device's default.
     """
-    row_bytes = max(1, sum(all_classes(w).shape[0] * w.element_size() for w in operands.weight))
-    on_cpu = operands.hidden[0].device.type == "cpu"
-    default = _default(row_bytes) if on_cpu else _ELSEWHERE // row_bytes
-    most = chunk_bytes // row_bytes if chunk_bytes else max(_FEWEST, default)
-    return _even(operands.hidden[0].shape[0], most)
+    row_bytes = sum(all_classes(w).shape[0] * w.element_size() for w in operands.weight)
+    hidden = operands.hidden[0]
+    return _even(hidden.shape[0], rows_of_chunk(row_bytes, hidden.device, chunk_bytes))
+
+
+def rows_of_chunk(row_bytes: int, device: torch.device, chunk_bytes: int) -> int:
+    """Rows of hidden that are taken at a time, at most; one where a row is more than a chunk.
+
+    Args:
+        row_bytes: of all products of a row together.
+        chunk_bytes: of all products of a chunk together; 0 for the device's default.
+    """
+    row_bytes = max(1, row_bytes)
+    if chunk_bytes:
+        return max(1, chunk_bytes // row_bytes)
+    default = _default(row_bytes) if device.type == "cpu" else _ELSEWHERE // row_bytes
+    return max(_FEWEST, default)
 
 
 def _default(row_bytes: int) -> int:

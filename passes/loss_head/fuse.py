@@ -11,6 +11,7 @@ from torch import fx
 
 from graphopt.analysis.axis_rules.sizes import product as volume
 from graphopt.analysis.flow import dependents
+from graphopt.kernels.chunked_rows import rows_of_chunk
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.canonicalize.asserts import is_idle
 from graphopt.passes.loss_head import heads, lazy
@@ -37,6 +38,7 @@ from graphopt.rewrite import (
     Rule,
 )
 from graphopt.rewrite.driver import apply_rules
+from graphopt.room import extent
 from graphopt.source import source_line
 
 aten = torch.ops.aten
@@ -78,13 +80,18 @@ class FuseRowSummaries(Rule):
         return match.get("refusal")
 
     def remark(self, match: Match) -> str:
-        """Bytes of the products, for the example inputs, that are never held."""
+        """Bytes of the products, for the example inputs, and how many of them are held."""
         products = {p.made: p for t in match["translations"] for p in t.products}
         names = " and ".join(f"`{node.name}`" for node in products)
-        size = _size(products.values())
         line = source_line(next(iter(products)))
+        size = sum(p.bytes for p in products.values())
+        held = max(_chunk(t.products, self.chunk_bytes) for t in match["translations"])
         until = ", unless the output is read: it is computed then" if match["lazy"] else ""
-        return f"{names} of {size}{f' ({line})' if line else ''} is never held whole{until}"
+        start = f"{names} of {_mebibytes(size)}{f' ({line})' if line else ''}"
+        if held >= size:
+            return f"{start} is one chunk of rows: with more it is never held whole{until}"
+        saved = f"{_mebibytes(held)} of it at a time, which saves {_mebibytes(size - held)}"
+        return f"{start} is never held whole{until}: {saved}, and as much of each matrix made of it"
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         values: dict[fx.Node, fx.Node] = {}
@@ -204,7 +211,18 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
 
 
 def _size(products: Iterable[LargeProduct]) -> str:
-    return f"{sum(p.bytes for p in products) / 2**20:.3g} MiB"
+    return _mebibytes(sum(p.bytes for p in products))
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB"
+
+
+def _chunk(products: Sequence[LargeProduct], chunk_bytes: int | None) -> int:
+    """Bytes of the products of some rows that are held at a time, at most."""
+    classes = [extent(val(p.node).shape[p.class_dim]) * p.groups for p in products]
+    row_bytes = sum(n * val(p.node).itemsize for n, p in zip(classes, products, strict=True))
+    return row_bytes * rows_of_chunk(row_bytes, val(products[0].node).device, chunk_bytes or 0)
 
 
 def _roots(translations: Sequence[Translation]) -> list[fx.Node]:

@@ -15,10 +15,12 @@ from torch.utils import _pytree as pytree
 
 import graphopt
 from graphopt.backend import Backend
+from graphopt.errors import RecipeError
 from graphopt.passes import FuseLossHead
 from graphopt.passes.loss_head.heads import HEADS, Head
 from graphopt.recipe import Options
 from graphopt.report.explain import explain_lines
+from graphopt.rewrite.passes import parse_pass
 
 CLASSES, WIDTH, BATCH, TOKENS = 520, 12, 4, 65
 SMALL_CHUNKS = ["Canonicalize", FuseLossHead(chunk_bytes=32 * CLASSES * 4)]
@@ -86,6 +88,22 @@ def test_the_report_says_what_is_saved() -> None:
     (note,) = [n for n in fused(model, *inputs()).report.notes if "held" in n]
     size = BATCH * TOKENS * CLASSES * 4 / 2**20
     assert note.startswith(f"`linear` of {size:.3g} MiB (") and "test_loss_head.py:" in note
+    held = 32 * CLASSES * 4 / 2**20
+    assert f"held whole: {held:.3g} MiB of it at a time, which saves {size - held:.3g} MiB" in note
+    (note,) = [n for n in fused(model, *inputs(), passes="exact").report.notes if "held" in n]
+    assert note.endswith("is one chunk of rows: with more it is never held whole")
+
+
+@pytest.mark.parametrize("option", ["chunk_bytes=-5", "chunk_bytes=0", "min_bytes=-1"])
+def test_sizes_that_are_none_are_refused(option: str) -> None:
+    name, _, number = option.partition("=")
+    with pytest.raises(ValueError, match=f"{option} is no size; give a number of bytes, [01] or"):
+        FuseLossHead(**{name: int(number)})
+    with pytest.raises(RecipeError, match=f"{option} is no size"):
+        parse_pass(f"FuseLossHead:{option}")
+    for other in ("64 MiB", 1.5, True):
+        with pytest.raises(ValueError, match="is no size"):
+            FuseLossHead(**{name: other})
 
 
 def _one_sorted(m: Head, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +114,7 @@ def test_each_large_product_is_explained() -> None:
     report = graphopt.explain(Head(_one_sorted).train(), example_inputs=inputs())
     saved, *_, where, why, at = explain_lines(report)
     size = f"{BATCH * TOKENS * CLASSES * 4 / 2**20:.3g} MiB"
-    assert "is never held whole" in saved and size in saved
+    assert "never held whole" in saved and size in saved
     assert "test_loss_head.py:" in where
     assert f"aten.sort mixes rows, so all of `linear_1` is needed ({size})" in why
     assert "at node sort" in at
