@@ -90,8 +90,8 @@ class FuseRowSummaries(Rule):
         start = f"{names} of {_mebibytes(size)}{f' ({line})' if line else ''}"
         if held >= size:
             return f"{start} is one chunk of rows: with more it is never held whole{until}"
-        saved = f"{_mebibytes(held)} of it at a time, which saves {_mebibytes(size - held)}"
-        return f"{start} is never held whole{until}: {saved}, and as much of each matrix made of it"
+        saved = f"{_mebibytes(size - held)} of it are saved, and as much of each matrix made of it"
+        return f"{start} is never held whole{until}; {saved}"
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         values: dict[fx.Node, fx.Node] = {}

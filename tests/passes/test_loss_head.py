@@ -88,8 +88,8 @@ def test_the_report_says_what_is_saved() -> None:
     (note,) = [n for n in fused(model, *inputs()).report.notes if "held" in n]
     size = BATCH * TOKENS * CLASSES * 4 / 2**20
     assert note.startswith(f"`linear` of {size:.3g} MiB (") and "test_loss_head.py:" in note
-    held = 32 * CLASSES * 4 / 2**20
-    assert f"held whole: {held:.3g} MiB of it at a time, which saves {size - held:.3g} MiB" in note
+    chunk = 32 * CLASSES * 4 / 2**20
+    assert f"never held whole; {size - chunk:.3g} MiB of it are saved" in note
     (note,) = [n for n in fused(model, *inputs(), passes="exact").report.notes if "held" in n]
     assert note.endswith("is one chunk of rows: with more it is never held whole")
 
