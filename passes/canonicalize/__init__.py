@@ -50,6 +50,7 @@ class Canonicalize(Pass):
             gradients.InertDetach(),
             dims.DimForm(),
             spelling.ScalarOverload(),
+            spelling.PlainBitwise(),
             spelling.Square(),
             spelling.Root(),
             spelling.ReversedSub(),

@@ -27,7 +27,7 @@ from graphopt.rewrite import Builder, Example, Match, Numeric, Refusal, op
 
 aten = torch.ops.aten
 
-_ANDS = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
+_ANDS = (aten.logical_and.default, aten.bitwise_and.Tensor)
 _DIM = Dim("rows", min=2)
 _DYNAMIC: Any = {"dynamic_shapes": (({0: _DIM},),)}
 
@@ -98,19 +98,19 @@ class AndTrue(Identity):
         return kept if set(sizes) == {-1} else build(aten.expand.default, kept, sizes)
 
     def examples(self) -> Iterable[Example]:
-        yield case("ones", lambda x: (x > 0) & x.new_ones((), dtype=torch.bool) & (x < 1))
-        yield case("positions", lambda x: ((torch.arange(6)[:, None] >= 0) & (x > 0)).float())
-        yield case("grown", lambda x: ((torch.arange(6)[:, None] >= 0) & (x > 0)).float(), (8,))
-        yield case("dynamic", lambda x: ((torch.arange(x.shape[0]) >= 0) & (x[0] > 0)).float(),
+        yield case("ones", lambda x: _and(_and(x > 0, x.new_ones((), dtype=torch.bool)), x < 1))
+        yield case("positions", lambda x: _and(torch.arange(6)[:, None] >= 0, x > 0).float())
+        yield case("grown", lambda x: _and(torch.arange(6)[:, None] >= 0, x > 0).float(), (8,))
+        yield case("dynamic", lambda x: _and(torch.arange(x.shape[0]) >= 0, x[0] > 0).float(),
                    (4, 1), **_DYNAMIC)  # fmt: skip
 
     def near_misses(self) -> Iterable[Example]:
-        yield case("some positions", lambda x: (torch.arange(8) >= 1) & (x > 0))
-        yield case("shifted positions", lambda x: (torch.arange(8) - 1 >= 0) & (x > 0))
-        yield case("integers", lambda x: x & torch.ones(3, dtype=torch.int64), torch.arange(3))
+        yield case("some positions", lambda x: _and(torch.arange(8) >= 1, x > 0))
+        yield case("shifted positions", lambda x: _and(torch.arange(8) - 1 >= 0, x > 0))
+        yield case("integers", lambda x: _and(x, torch.ones(3, dtype=torch.int64)), torch.arange(3))
         yield case(
             "returned",
-            lambda x: (y := x > 0, y & x.new_ones((), dtype=torch.bool)),
+            lambda x: (y := x > 0, _and(y, x.new_ones((), dtype=torch.bool))),
             reason="stay two",
         )
 
@@ -166,6 +166,9 @@ def _extent(program: Program, build: Builder, extent: Any) -> Any:
             if statically_known_true(size == extent):
                 return build.size(node, dim)
     raise IllegalRewriteError(f"no input has the extent {extent}")
+
+
+_and = torch.bitwise_and
 
 
 def _count(size: Any, rank: int, axis: int) -> Tensor:

@@ -49,7 +49,7 @@ def always_true(node: Any) -> bool:
         return True
     if source.target in (aten.full.default, aten.full_like.default, aten.new_full.default):
         return arguments(source)["fill_value"] is True
-    if source.target in (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor):
+    if source.target in (aten.logical_and.default, aten.bitwise_and.Tensor):
         return all(always_true(a) for a in source.args)
     compare = _COMPARISONS.get(source.target)
     least, bound = (

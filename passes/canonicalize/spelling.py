@@ -56,6 +56,35 @@ class ScalarOverload(Identity):
         yield case("reversed", lambda x: 2 - x)
 
 
+_BITWISE: dict[Any, Any] = {
+    getattr(getattr(aten, f"__{name}__"), kind): getattr(getattr(aten, f"bitwise_{name}"), kind)
+    for name in ("and", "or", "xor")
+    for kind in ("Tensor", "Scalar")
+}
+
+
+class PlainBitwise(Identity):
+    """``x & y = bitwise_and(x, y)``, as operators of Python are captured; ``|`` and ``^`` alike."""
+
+    pattern = op(tuple(_BITWISE), "x", ...)
+
+    def rewrite(self, match: Match, build: Builder) -> Any:
+        return build(_BITWISE[match.root.target], *match.root.args)
+
+    def examples(self) -> Iterable[Example]:
+        yield case("masks", lambda x: (x > 0) & (x < 1))
+        yield case("or, grown", lambda x: (x > 0) | (x[:1] < 1))
+        yield case("integers", lambda x: x ^ x.flip(0), torch.arange(6))
+        yield case("a number", lambda x: (x & 5) + (x | 2) + (x ^ 1), torch.arange(6), count=3)
+        yield case("other integers", lambda x: x & x.to(torch.uint8), torch.arange(6))
+
+    def near_misses(self) -> Iterable[Example]:
+        yield case("logical", lambda x: torch.logical_and(x, x.flip(0)), torch.arange(6))
+        yield case("plain", lambda x: torch.bitwise_and(x, x.flip(0)), torch.arange(6))
+        yield case("shifted", lambda x: x << 1, torch.arange(6))
+        yield case("not", lambda x: ~x, torch.arange(6))
+
+
 class Square(Identity):
     """``x * x = square(x) = pow(x, 2)``, for floating ``x``."""
 

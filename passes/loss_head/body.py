@@ -15,13 +15,6 @@ aten = torch.ops.aten
 SAMPLE = 3
 """Rows of the fake values in a body; any number would do."""
 
-_PLAIN = {
-    getattr(getattr(aten, f"__{name}__"), kind): getattr(getattr(aten, f"bitwise_{name}"), kind)
-    for name in ("and", "or", "xor")
-    for kind in ("Tensor", "Scalar")
-}
-"""Operators of Python -> what a body calls them."""
-
 
 class BodyGraph:
     """Nodes of a body, each with a fake value.
@@ -49,7 +42,7 @@ class BodyGraph:
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Emit ``target(*args, **kwargs)``."""
-        made = self.graph.call_function(_PLAIN.get(target, target), args, kwargs)
+        made = self.graph.call_function(target, args, kwargs)
         fakes = fx.node.map_arg((args, kwargs), val)
         made.meta["val"] = infer(self.mode, target, *fakes)
         stops = target is aten.detach.default or not _is_floating(val(made))

@@ -14,6 +14,7 @@ from graphopt.analysis.flow import dependents
 from graphopt.kernels.chunked_rows import rows_of_chunk
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.canonicalize.asserts import is_idle
+from graphopt.passes.canonicalize.spelling import PlainBitwise
 from graphopt.passes.loss_head import heads, lazy
 from graphopt.passes.loss_head.call import Call
 from graphopt.passes.loss_head.groups import SplitClasses
@@ -108,7 +109,7 @@ def drop_logits(program: Program, min_bytes: int) -> None:
     """Return ``None`` in place of large products that nothing but the output needs whole."""
     dropped: set[fx.Node] = set()
     read = program.copy()  # as it will be read
-    apply_rules(read, [SplitClasses(min_bytes)])
+    apply_rules(read, [PlainBitwise(), SplitClasses(min_bytes)])
     apart = selected_rows(read, min_bytes)
     for group in _heads(read, min_bytes):
         found = Translation(read, group)

@@ -17,16 +17,13 @@ from cross_entropy_calls import (
     assert_as_dense,
     assert_close,
     assert_rows_as_dense,
+    cross_entropy,
     make,
     weighted,
 )
 from torch import Tensor
 
-from graphopt.kernels.cross_entropy import (
-    cross_entropy,
-    cross_entropy_rows,
-    reference,
-)
+from graphopt.kernels.cross_entropy import cross_entropy_rows, reference
 from graphopt.kernels.filtering import kept
 
 
