@@ -112,7 +112,7 @@ def _blanked(text: str) -> str:
     return _NUMBER.sub("#", text)
 
 
-_NUMBER = re.compile(r"(?<![\w.])\d[\w.]*(?:e[-+]\d+)?")
+_NUMBER = re.compile(r"(?<![\w.])\d[\d.]*(?:e[-+]?\d+)?")
 
 
 def thinned(program: Program, passes: Sequence[Pass], told: list[str]) -> Thin | None:

@@ -112,6 +112,15 @@ def test_nothing_of_the_size_of_the_logits_is_computed(monkeypatch: pytest.Monke
     torch.testing.assert_close(fast(*args), model(*args))
 
 
+def test_numbers_of_any_notation_are_those_of_sizes() -> None:
+    """Of 20,000 rows each counts for 5e-05 of a mean, of fewer for 0.04 perhaps."""
+    model = Head(lambda m, h, t: m.logits(h).logsumexp(-1).mean() + 0 * t.sum()).train()
+    args = torch.randn(4, 5000, WIDTH), torch.zeros(4, 5000, dtype=torch.int64)
+    report = graphopt.compile(model, example_inputs=args, passes="exact", measure=False).report
+    assert "FuseRowSummaries" in [a.rule for a in report.applied], report.missed
+    assert any(f"verified with {4 * SHORT} of 20000 rows" in note for note in report.notes)
+
+
 def test_where_memory_is_there_the_capture_is_compared() -> None:
     fast = graphopt.compile(Head(HEADS["mean"]).train(), example_inputs=inputs())
     assert next(c.rule for c in fast.report.whole) == "capture"
