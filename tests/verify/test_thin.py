@@ -31,6 +31,7 @@ OTHER_VALUES = frozenset(
     {
         "token weights", "padded", "last rows", "last token", "distilled", "contrastive",
         "sigmoid pairs", "queue", "found", "positions", "groups weighted", "groups distilled",
+        "margin in place",
     }
 )  # fmt: skip
 """Heads that read sizes or rows of their inputs in front of the product, which stay as they were:
