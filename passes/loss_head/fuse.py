@@ -88,10 +88,10 @@ class FuseRowSummaries(Rule):
         size = sum(p.bytes for p in products.values())
         held = max(_chunk(t.products, self.chunk_bytes) for t in match["translations"])
         until = ", unless the output is read: it is computed then" if match["lazy"] else ""
-        start = f"{names} of {_mebibytes(size)}{f' ({line})' if line else ''}"
+        start = f"{names} of {_bytes(size)}{f' ({line})' if line else ''}"
         if held >= size:
             return f"{start} is one chunk of rows: with more it is never held whole{until}"
-        saved = f"{_mebibytes(size - held)} of it are saved, and as much of each matrix made of it"
+        saved = f"{_bytes(size - held)} of it are saved, and as much of each matrix made of it"
         return f"{start} is never held whole{until}; {saved}"
 
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
@@ -212,11 +212,12 @@ def _match(program: Program, group: Sequence[LargeProduct], *, lazy_logits: bool
 
 
 def _size(products: Iterable[LargeProduct]) -> str:
-    return _mebibytes(sum(p.bytes for p in products))
+    return _bytes(sum(p.bytes for p in products))
 
 
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.3g} MiB"
+def _bytes(size: int) -> str:
+    large = size >= 1000 * 2**20  # else three digits are enough
+    return f"{size / 2**30:.3g} GiB" if large else f"{size / 2**20:.3g} MiB"
 
 
 def _chunk(products: Sequence[LargeProduct], chunk_bytes: int | None) -> int:
