@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt.emit import onnx_norms
 from graphopt.emit.exported import to_exported
 from graphopt.emit.onnx_quantized import translations
 from graphopt.errors import ExportError
@@ -51,9 +52,20 @@ def _spell(path: Sequence[Any]) -> str:
 
 
 def translate(
-    program: Program, inputs: Sequence[str], outputs: Sequence[str], *, opset: int | None
+    program: Program,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    opset: int | None,
+    standard: bool = False,
 ) -> Any:
-    """The program as a `torch.onnx.ONNXProgram`."""
+    """The program as a `torch.onnx.ONNXProgram`.
+
+    Args:
+        standard: of operators of the ONNX standard alone.
+    """
+    if not standard or (opset or 0) >= onnx_norms.STANDARD_FROM:
+        program = onnx_norms.with_norms(program)
     mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
     named = [f"updated_{i}" for i in range(mutated)] + list(outputs)
     try:
@@ -64,7 +76,8 @@ def translate(
                 input_names=list(inputs) if _all_tensors(program) else None,
                 output_names=named if _all_tensors(program) else None,
                 opset_version=opset,
-                custom_translation_table=translations(),
+                custom_translation_table=translations()
+                | onnx_norms.translations(standard=standard),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -116,7 +129,9 @@ def fuse_for_runtime(model: Any) -> dict[str, int]:
     """Apply onnxscript's fusions for ONNX Runtime in place; returns how many of each kind."""
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
+    norms = onnx_norms.count(model.model)
     with quiet():
         fused, counts = optimize_for_ort(model.model)
     model.model = fused
+    counts["rms_normalization"] = counts.get("rms_normalization", 0) + norms
     return {name: count for name, count in counts.items() if count}

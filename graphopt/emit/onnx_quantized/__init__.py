@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,21 @@ from graphopt.emit.onnx_quantized.calls import (
 )
 from graphopt.emit.onnx_quantized.choosing import Choice, choose
 from graphopt.emit.onnx_quantized.forms import forms_of
+from graphopt.emit.onnx_quantized.merged import merged_siblings
 from graphopt.emit.onnx_quantized.place import place
 from graphopt.emit.onnx_quantized.slots import translations
 from graphopt.program import Program
 
-__all__ = ["Call", "Lowering", "calls_of", "lower", "quantized_nodes", "translations", "unrounded"]
+__all__ = [
+    "Call",
+    "Lowering",
+    "calls_of",
+    "lower",
+    "lower_merged",
+    "quantized_nodes",
+    "translations",
+    "unrounded",
+]
 
 OPSET = 20
 """What torch's exporter writes when it is not told."""
@@ -75,7 +85,13 @@ class Lowering:
 
 
 def lower(
-    program: Program, *, opset: int | None, standard: bool, verify: bool, measure: bool
+    program: Program,
+    *,
+    opset: int | None,
+    standard: bool,
+    verify: bool,
+    measure: bool,
+    known: Mapping[str, Choice] | None = None,
 ) -> Lowering:
     """The program with slots; itself where it has no quantized operator.
 
@@ -84,6 +100,7 @@ def lower(
         standard: only operators of the ONNX standard.
         verify: try forms in ONNX Runtime before they are chosen.
         measure: choose the fastest.
+        known: choices for nodes of these names, made before.
 
     Raises:
         ExportError: an operator has no form.
@@ -93,12 +110,25 @@ def lower(
         return Lowering(program, opset=opset)
     opset = opset or (BLOCKS if standard else OPSET)
     if verify:
-        choices = choose(program, calls, standard=standard, opset=opset, time=measure)
+        choices = choose(program, calls, standard=standard, opset=opset, time=measure, known=known)
     else:
         choices = [
             Choice(c, forms_of(c, standard=standard, opset=opset)[0]) for c in calls.values()
         ]
     return Lowering(with_slots(program), choices, opset)
+
+
+def lower_merged(program: Program, before: Lowering, **options: Any) -> Lowering | None:
+    """The same with quantized products of one input as one; None where there are none such.
+
+    Args:
+        before: the program as `lower` has it with these options. Other operators keep its choices.
+    """
+    merged = merged_siblings(program)
+    if merged is None:
+        return None
+    known = zip((node.name for node in quantized_nodes(program)), before.choices, strict=True)
+    return lower(merged, known=dict(known), **options)
 
 
 def _chosen(choices: Sequence[Choice]) -> list[str]:

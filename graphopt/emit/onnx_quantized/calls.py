@@ -19,9 +19,9 @@ from graphopt.rewrite import Builder, arguments
 from graphopt.source import source_line
 
 aten = torch.ops.aten
-_LINEAR = torch.ops.graphopt.quantized_linear.default
+PRODUCT = torch.ops.graphopt.quantized_linear.default
 _EMBEDDING = torch.ops.graphopt.quantized_embedding.default
-OPERATORS = (_LINEAR, _EMBEDDING)
+OPERATORS = (PRODUCT, _EMBEDDING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def unrounded(program: Program) -> Program:
     """A copy that computes on the same weights with activations as they are."""
     twin = program.copy()
     for node in quantized_nodes(twin):
-        if node.target is _LINEAR:
+        if node.target is PRODUCT:
             given = {**arguments(node), "activations": "none", "input_scale": None}
             node.args, node.kwargs = tuple(given.values()), {}
     return twin.recompile()

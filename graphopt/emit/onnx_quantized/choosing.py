@@ -7,8 +7,8 @@ fastest, each where its own weight holds to the bound in that form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,15 +57,19 @@ class Chooser(fx.Interpreter):
         standard: bool,
         opset: int,
         time: bool,
+        known: Mapping[str, Choice] | None = None,
     ) -> None:
         super().__init__(program.graph_module)
         self.calls, self.choices = calls, dict[fx.Node, Choice]()
+        self.known = known or {}
         self.standard, self.opset, self.time = standard, opset, time
         self.kinds: dict[Any, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         call = self.calls.get(n)
-        if call is not None:
+        if call is not None and n.name in self.known:
+            self.choices[n] = replace(self.known[n.name], call=call)
+        elif call is not None:
             given = self.fetch_args_kwargs_from_env(n)[0][0]
             self.choices[n] = self.choose(call, _sample(call, given))
         return super().run_node(n)
@@ -141,9 +145,18 @@ def _sample(call: Call, given: Tensor) -> Tensor:
 
 
 def choose(
-    program: Program, calls: dict[fx.Node, Call], *, standard: bool, opset: int, time: bool
+    program: Program,
+    calls: dict[fx.Node, Call],
+    *,
+    standard: bool,
+    opset: int,
+    time: bool,
+    known: Mapping[str, Choice] | None = None,
 ) -> list[Choice]:
     """A choice for each call, in order; runs the program once.
+
+    Args:
+        known: choices by the names of nodes, which are taken as they are.
 
     Raises:
         ExportError: in no form a call is within its bound, or has no form at all.
@@ -151,7 +164,7 @@ def choose(
     given = iter(program.example_inputs)
     targets = (program.inputs[n.name].target for n in program.placeholders())
     values = [next(given) if t is None else program.state[t] for t in targets]
-    chooser = Chooser(program, calls, standard=standard, opset=opset, time=time)
+    chooser = Chooser(program, calls, standard=standard, opset=opset, time=time, known=known)
     with torch.no_grad():
         chooser.run(*values)
     return [chooser.choices[node] for node in calls]
