@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphopt.emit import onnx_norms
+from graphopt.emit import onnx_norms, onnx_rotary
 from graphopt.emit.exported import to_exported
 from graphopt.emit.onnx_quantized import translations
 from graphopt.errors import ExportError
@@ -66,6 +66,8 @@ def translate(
     """
     if not standard or (opset or 0) >= onnx_norms.STANDARD_FROM:
         program = onnx_norms.with_norms(program)
+    if not standard:
+        program = onnx_rotary.with_rotary(program)
     mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
     named = [f"updated_{i}" for i in range(mutated)] + list(outputs)
     try:
@@ -76,8 +78,11 @@ def translate(
                 input_names=list(inputs) if _all_tensors(program) else None,
                 output_names=named if _all_tensors(program) else None,
                 opset_version=opset,
-                custom_translation_table=translations()
-                | onnx_norms.translations(standard=standard),
+                custom_translation_table={
+                    **translations(),
+                    **onnx_norms.translations(standard=standard),
+                    **onnx_rotary.translations(),
+                },
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -129,9 +134,12 @@ def fuse_for_runtime(model: Any) -> dict[str, int]:
     """Apply onnxscript's fusions for ONNX Runtime in place; returns how many of each kind."""
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    norms = onnx_norms.count(model.model)
+    own = {
+        "rms_normalization": onnx_norms.count(model.model),
+        "rotary_embedding": onnx_rotary.count(model.model),
+    }
     with quiet():
         fused, counts = optimize_for_ort(model.model)
     model.model = fused
-    counts["rms_normalization"] = counts.get("rms_normalization", 0) + norms
-    return {name: count for name, count in counts.items() if count}
+    totals = {name: counts.get(name, 0) + own.get(name, 0) for name in {**counts, **own}}
+    return {name: count for name, count in totals.items() if count}
