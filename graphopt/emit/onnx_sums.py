@@ -37,6 +37,19 @@ def sums_apart(program: Any) -> Any | None:
     return twin if found else None
 
 
+def doubles_apart(model: Any) -> int:
+    """Split norms of sums of doubles, which ONNX Runtime has none of, in an ``onnx_ir`` model; how
+    many there were."""
+    import onnx_ir
+
+    double = onnx_ir.DataType.DOUBLE
+    joined = [n for n in model.graph.all_nodes() if n.domain == MICROSOFT and n.op_type in _NORMS]
+    found = [node for node in joined if node.inputs[0].dtype == double]
+    for node in found:
+        _split(node)
+    return len(found)
+
+
 def _fits(node: Any) -> bool:
     """Whether it is a norm of a sum of which nothing reads mean or deviation, or a sum before one
     that ONNX Runtime would make such a norm of."""

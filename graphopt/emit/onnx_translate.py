@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphopt.emit import onnx_norms, onnx_rotary
+from graphopt.emit import onnx_norms, onnx_rotary, onnx_sums
 from graphopt.emit.exported import to_exported
 from graphopt.emit.onnx_quantized import translations
 from graphopt.errors import ExportError
@@ -141,5 +141,7 @@ def fuse_for_runtime(model: Any) -> dict[str, int]:
     with quiet():
         fused, counts = optimize_for_ort(model.model)
     model.model = fused
+    if onnx_sums.doubles_apart(fused):
+        counts = {name: count for name, count in counts.items() if name not in onnx_sums.FUSIONS}
     totals = {name: counts.get(name, 0) + own.get(name, 0) for name in {**counts, **own}}
     return {name: count for name, count in totals.items() if count}

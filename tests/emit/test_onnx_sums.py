@@ -26,7 +26,7 @@ class Layers(nn.Module):
 
     def __init__(self, norm: type[nn.Module], first: bool) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(norm(WIDTH, eps=1e-3) for _ in range(3))
+        self.norms = nn.ModuleList(norm(WIDTH, eps=2**-10) for _ in range(3))
         self.products = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.first = first
         for tensor in self.norms.parameters():
@@ -98,6 +98,15 @@ def test_halves_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     made, result, _ = written(Layers(nn.LayerNorm, False).half(), tmp_path, 0.5, monkeypatch)
     assert not made["Sum"] and made["SkipLayerNormalization"] == 3
     assert not any("one operator" in note for note in result.notes)
+
+
+def test_doubles_are_never_one_operator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ONNX Runtime has none for them, and would not load the file."""
+    model = Layers(nn.LayerNorm, False).double()
+    made, result, _ = written(model, tmp_path, 0.5, monkeypatch, measure=False)
+    assert (made["Sum"], made["LayerNormalization"]) == (3, 3)
+    assert not any("skip" in fusion for fusion in result.fusions)
+    assert result.error < 1e-12
 
 
 def test_nothing_is_timed_where_that_is_not_wanted(
