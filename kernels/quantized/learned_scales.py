@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from graphopt.kernels.quantized import scales as scaling
+from graphopt.kernels.quantized.learnable import Adam, LearnableWeight
 from graphopt.kernels.quantized.refine import levels
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.signround import through
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
-_FIRST, _SECOND = 0.9, 0.95
-"""Decay of the mean gradient and of its mean square, over steps that are few."""
 _SPEED = (0.1, 1.0)
-"""Of scales and zero points: how far rates that sum up to 1/2 may carry them is half of that."""
+"""Of scales and zero points: how far all rates together may carry them is half of that."""
 
 
 def can_learn(scheme: Scheme) -> bool:
@@ -29,7 +28,7 @@ def can_learn(scheme: Scheme) -> bool:
     return scheme.dtype not in ("mxfp4", "nvfp4")
 
 
-class LearnedScales:
+class LearnedScales(LearnableWeight):
     """The scales and zero points of a quantized weight ``(N, K)``; `can_learn` says of which."""
 
     def __init__(self, start: QuantizedWeight) -> None:
@@ -39,8 +38,7 @@ class LearnedScales:
         self.levels = levels(start.unpacked(), self.scheme).unflatten(1, (self.scales.shape[1], -1))
         count = 1 if self.zeros is None else 2
         self.moves = [torch.zeros_like(self.scales).requires_grad_() for _ in range(count)]
-        self.means = [torch.zeros(2, *self.scales.shape, device=m.device) for m in self.moves]
-        self.count = 0
+        self.adam = Adam(self.moves, _SPEED[:count])
 
     def read(self) -> Tensor:
         """The numbers as they will be read back, ``(N, K)``, float32."""
@@ -50,26 +48,7 @@ class LearnedScales:
 
     def descend(self, rate: float) -> None:
         """A step of Adam along the gradients, which are forgotten."""
-        self.count += 1
-        with torch.no_grad():
-            for moved, (first, second), speed in zip(self.moves, self.means, _SPEED, strict=False):
-                if moved.grad is not None:
-                    first.lerp_(moved.grad, 1 - _FIRST)
-                    second.lerp_(moved.grad.square(), 1 - _SECOND)
-                    size = (second / (1 - _SECOND**self.count)).sqrt_()
-                    size += torch.finfo(torch.float32).tiny
-                    moved.addcdiv_(first, size, value=-rate * speed / (1 - _FIRST**self.count))
-                    moved.grad = None
-
-    def places(self) -> list[Tensor]:
-        """Where everything that moves is, copied."""
-        return [moved.detach().clone() for moved in self.moves]
-
-    def move(self, places: list[Tensor]) -> None:
-        """Back to `places`."""
-        with torch.no_grad():
-            for moved, place in zip(self.moves, places, strict=True):
-                moved.copy_(place)
+        self.adam.step(rate)
 
     def stored(self) -> QuantizedWeight:
         """The quantized weight: the same codes, and as many bytes."""

@@ -25,11 +25,12 @@ from torch import Tensor
 from graphopt.kernels.quantized import codes as coding
 from graphopt.kernels.quantized import scales as scaling
 from graphopt.kernels.quantized import tables
+from graphopt.kernels.quantized.learnable import LearnableWeight
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.weight import QuantizedWeight
 
 
-class LearnedRounding:
+class LearnedRounding(LearnableWeight):
     """The rounding of a weight ``(N, K)``, from the scales of a quantized form of it.
 
     Shifts of zero round each number to the nearest for those scales.
@@ -49,13 +50,12 @@ class LearnedRounding:
         self.shifts = torch.zeros_like(numbers).requires_grad_()
         count = 0 if self.scheme.dtype == "mxfp4" else 1 if self.zeros is None else 2
         self.ends = [torch.zeros_like(self.scales).requires_grad_() for _ in range(count)]
+        self.moves = [self.shifts, *self.ends]
 
     def read(self) -> Tensor:
         """The numbers as they will be read back, ``(N, K)``, float32."""
         scales, zeros = self._ranges()
-        made: Tensor = _Snap.apply(
-            self.numbers, self.shifts, scales, zeros, self.steps, self.scheme
-        )
+        made: Tensor = Snap.apply(self.numbers, self.shifts, scales, zeros, self.steps, self.scheme)
         return made.flatten(1)
 
     def descend(self, rate: float) -> None:
@@ -73,16 +73,6 @@ class LearnedRounding:
     def _most(self) -> float:
         """By how much of the range an end of it moves."""
         return 0.5 / max(len(self.ends), 1)
-
-    def places(self) -> list[Tensor]:
-        """Where everything that moves is, copied."""
-        return [moved.detach().clone() for moved in (self.shifts, *self.ends)]
-
-    def move(self, places: list[Tensor]) -> None:
-        """Back to `places`."""
-        with torch.no_grad():
-            for moved, place in zip((self.shifts, *self.ends), places, strict=True):
-                moved.copy_(place)
 
     def stored(self) -> QuantizedWeight:
         """The quantized weight."""
@@ -127,8 +117,11 @@ def _shifted(
     return made.add_(shifts, alpha=steps)
 
 
-class _Snap(torch.autograd.Function):
-    """Numbers ``(N, G, group)`` as they are read back; gradients as above."""
+class Snap(torch.autograd.Function):
+    """Numbers ``(N, G, group)`` as they are read back; gradients as above.
+
+    That of the numbers themselves is ``dy/dt = 1`` where q was not clipped, else 0.
+    """
 
     @staticmethod
     def forward(
@@ -162,7 +155,8 @@ class _Snap(torch.autograd.Function):
         by_zero = None
         if ctx.zeros:
             by_zero = (passed.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)) * scales
-        return None, passed.mul_(scales).mul_(ctx.steps), by_scale, by_zero, None, None
+        by_number = passed.clone() if ctx.needs_input_grad[0] else None
+        return by_number, passed.mul_(scales).mul_(ctx.steps), by_scale, by_zero, None, None
 
 
 def _span(scheme: Scheme) -> tuple[float, float]:

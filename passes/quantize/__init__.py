@@ -18,6 +18,7 @@ from graphopt.passes.quantize.names import Scope, Skip
 from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.products import SpellProducts
 from graphopt.passes.quantize.rotation import rotating
+from graphopt.passes.quantize.rotation_norms import recognised
 from graphopt.passes.quantize.search import Search
 from graphopt.passes.quantize.weights import QuantizeWeights
 from graphopt.program import Program
@@ -76,6 +77,12 @@ class QuantizeMatmul(Pass):
             from gptq, or from what it is joined to: all of a block is learned together, so that it
             gives on calibration inputs what it gave. ``"rtn+learned"`` and ``"hqq+learned"`` learn
             codes (Cheng et al. 2024, SignRound), and all of them scales and zero points.
+            ``"adaround"`` and ``"flexround"`` learn codes in two other ways, from those of
+            ``"rtn"`` or of what they are joined to, gptq too: whether each number is rounded up or
+            down (Nagel et al. 2020), or what it is divided by before (Lee et al. 2023); and then
+            scales and zero points. ``"norms"`` changes scales and shifts of norms at last, so that
+            channels of a block's output have the means and variances that they had (Li et al.
+            2023, Norm Tweaking).
             ``"propagate"`` moves each weight, before gptq rounds it, to what gives on the inputs
             that quantized layers before it leave what the weight gave on those of the float model
             (Arai & Ichikawa 2025, QEP), as far as that is seen to hold on other inputs.
@@ -83,7 +90,8 @@ class QuantizeMatmul(Pass):
             second moment of inputs (Sung et al. 2025, RSQ): ``"attention"``, how much attention
             their tokens get; ``"norm"``, their own length. Default: all count the same, as they do
             at products whose rows are no tokens that an attention looks at (the report says so).
-        steps: of ``"learned"``, for the codes and for the scales of a block each; default 100.
+        steps: of ``"learned"``, ``"adaround"`` and ``"flexround"``, for the codes and for the
+            scales of a block each, and of ``"norms"``; default 100.
         outliers: how much of each weight ``"outliers"`` keeps: a share (0.01 if not given) or, from
             1 up, a count. Numbers that spikes of activations hang on (super weights, Yu et al.
             2024) are always kept where there are calibration inputs; with 0 they alone.
@@ -152,8 +160,11 @@ class QuantizeMatmul(Pass):
                 f"{self.dtype} weights have no quantized activations: give activations=None "
                 "(null in a recipe), or dtype='int' or 'fp8'"
             )
-        if self.steps is not None and (self.steps < 1 or self._methods.tuning is None):
-            raise ValueError("steps are those of method 'learned', and there is at least one")
+        if self.steps is not None and (self.steps < 1 or not self._methods.by_blocks):
+            raise ValueError(
+                "steps are those of methods learned, adaround, flexround and norms, and there is "
+                "at least one"
+            )
         if (refusal := learning_refusal(self._methods, scheme)) is not None:
             raise ValueError(refusal)
         if self._methods.rounding == "hqq" and self.symmetric:
@@ -198,7 +209,8 @@ class QuantizeMatmul(Pass):
             raise ValueError(f"importance={self.importance!r:.80} is not {' or '.join(KINDS)}")
         if self.importance is not None and not self._methods.weighs:
             raise ValueError(
-                "importance weighs rows for methods gptq, awq, learned, outliers and lowrank: "
+                "importance weighs rows for methods gptq, awq, outliers, lowrank and those that "
+                "learn from blocks (learned, adaround, flexround, norms): "
                 f"method={self.method!r} has none of them"
             )
 
@@ -276,6 +288,8 @@ class QuantizeMatmul(Pass):
         stages: list[Pass] = [SpellProducts(self, settings, self.scope)]
         if self._methods.rotates:
             stages += rotating(self, last.matches)
+        elif self._methods.tweaks:
+            stages += recognised(self)
         if scaling is not None:
             stages.append(ScaleBeforeQuantizing(self, settings, scaling, last.matches))
         return (*stages, last)

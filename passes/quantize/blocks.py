@@ -7,7 +7,8 @@ before it give, so that a block makes good what these lost (Li et al. 2021, "BRE
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch.nn import functional as F
 
 from graphopt.calibration import Segment, Stream, segments
 from graphopt.calibration.segment import widened
+from graphopt.kernels.quantized.adaround import AdaRound
 from graphopt.kernels.quantized.definition import quantized_rows
+from graphopt.kernels.quantized.flexround import FlexRound
+from graphopt.kernels.quantized.learnable import LearnableWeight
 from graphopt.kernels.quantized.learned_scales import LearnedScales, can_learn
 from graphopt.kernels.quantized.signround import LearnedRounding
 from graphopt.kernels.quantized.split import Split
@@ -26,8 +30,16 @@ from graphopt.passes.quantize.learned import Forward, Learned, Reconstruction
 from graphopt.passes.quantize.observed import Observed
 from graphopt.passes.quantize.plan import Calibration, Plan, Progress, Settings
 from graphopt.passes.quantize.propagation import Propagation
+from graphopt.passes.quantize.tweaks import Tweaks
 from graphopt.program import Program
 from graphopt.rewrite import Match
+
+ROUNDINGS: Mapping[str, Callable[[Tensor, QuantizedWeight], LearnableWeight]] = {
+    "learned": LearnedRounding,
+    "adaround": AdaRound,
+    "flexround": FlexRound,
+}
+"""How codes are learned, by the name of the method."""
 
 
 class BlockCalibration(Calibration):
@@ -47,6 +59,7 @@ class BlockCalibration(Calibration):
         self.original = Stream(program, samples, [*self.weight_of, *outputs], outputs)
         if self.propagation is not None:
             self.propagation = Propagation(self.original)
+        self.tweaks = Tweaks(program)
 
     def run(self, progress: Progress) -> Plan:
         devices = {t.device for t in self.program.state.values() if t.device.type == "cuda"}
@@ -56,6 +69,10 @@ class BlockCalibration(Calibration):
                 self._segment(segment)
                 progress(f"learned {index + 1} of {len(self.segments)} blocks")
         return self.plan()
+
+    def plan(self) -> Plan:
+        """What was made so far."""
+        return replace(super().plan(), norms=self.tweaks.found)
 
     def _segment(self, segment: Segment) -> None:
         stream = self.observed.stream
@@ -67,23 +84,39 @@ class BlockCalibration(Calibration):
             self._next()
         stream.rewind(mark)
         made = {n: self._name(n) for n in segment.reads if self._name(n) in self.weights}
-        fresh = {n: self.weights[name] for n, name in made.items() if name not in before}
-        for weight, stored in fresh.items():
-            self._place(weight, Split(stored))
+        fresh = {n: self.made[name] for n, name in made.items() if name not in before}
+        for weight, split in fresh.items():
+            self._place(weight, split)
         self.original.advance_to(start + len(segment.nodes))
-        for weight, learned in self._learned(segment, fresh).items():
-            self._place(weight, Split(learned))
+        rows = (list(self.original.given(n)) for n in segment.outputs)
+        targets = list(zip(*rows, strict=True))
+        if self.settings.methods.tuning:
+            stored = {weight: split.weight for weight, split in fresh.items()}
+            for weight, learned in self._learned(segment, stored, targets).items():
+                self._place(weight, Split(learned))
+        if self.settings.methods.tweaks:
+            self._tweak(segment, targets)
         self.original.forget(segment.outputs)
 
+    def _tweak(self, segment: Segment, targets: Sequence[Sequence[Any]]) -> None:
+        """Norms of a part as they suit its weights."""
+        if inside := self.tweaks.of(segment):
+            forward = partial(self._forward, segment)
+            found = self.tweaks.learn(inside, forward, targets, self.settings.steps)
+            for node, value in found.items():
+                self.observed.stream.weight(node, value)
+
     def _learned(
-        self, segment: Segment, fresh: Mapping[fx.Node, QuantizedWeight]
+        self,
+        segment: Segment,
+        fresh: Mapping[fx.Node, QuantizedWeight],
+        targets: Sequence[Sequence[Any]],
     ) -> dict[fx.Node, QuantizedWeight]:
         """Weights of a part as they give less error."""
         current = {w: stored for w, stored in fresh.items() if self._own(w, segment)}
         if not current:
             return {}
-        rows = (list(self.original.given(n)) for n in segment.outputs)
-        targets, forward = list(zip(*rows, strict=True)), self._forward(segment, list(current))
+        forward = self._forward(segment, list(current))
         try:
             with torch.enable_grad():
                 return self._reconstructed(current, forward, targets)
@@ -97,11 +130,11 @@ class BlockCalibration(Calibration):
         forward: Forward,
         targets: Sequence[Sequence[Any]],
     ) -> dict[fx.Node, QuantizedWeight]:
-        """Codes first, then scales. Those of GPTQ are left as they are: moving many of them at once
-        loses what it gained by choosing each for the others."""
+        """Codes first, then scales. SignRound leaves those of GPTQ as they are: moving many of them
+        at once loses what it gained by choosing each for the others."""
         errors: list[Learned] = []
         scales = all(can_learn(stored.scheme) for stored in current.values())
-        if self.settings.methods.rounding != "gptq":
+        if self.settings.methods.learns_codes:
             learned = {w: self._rounding(w, stored) for w, stored in current.items()}
             errors.append(Reconstruction(forward, learned, targets, self.settings.steps).learn())
             if errors[-1].after < errors[-1].before:
@@ -122,9 +155,9 @@ class BlockCalibration(Calibration):
         self._note([weight], "it is read in several blocks: it is not learned")
         return False
 
-    def _rounding(self, weight: fx.Node, stored: QuantizedWeight) -> LearnedRounding:
+    def _rounding(self, weight: fx.Node, stored: QuantizedWeight) -> LearnableWeight:
         tensor = self.program.state[self._name(weight)].detach()
-        return LearnedRounding(widened(tensor), stored)
+        return ROUNDINGS[self.settings.methods.tuning or ""](widened(tensor), stored)
 
     def _forward(self, segment: Segment, learned: Sequence[fx.Node]) -> Forward:
         """What a part gives on what the samples have for it here."""

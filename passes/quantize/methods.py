@@ -20,16 +20,19 @@ BESIDE = ("outliers", "lowrank")
 ROTATING = ("rotate",)
 """Bases of features that are turned before that, exactly: outliers become a little of all."""
 
-TUNING = ("learned",)
-"""What makes codes better after they were chosen, block by block."""
+TUNING = ("learned", "adaround", "flexround")
+"""What makes codes better after they were chosen, block by block: one of these, or none."""
 
 PROPAGATING = ("propagate",)
 """What later weights make good of what earlier ones lost, before they are rounded."""
 
-CALIBRATED = frozenset({"gptq", *SCALING, *TUNING, *PROPAGATING})
+TWEAKING = ("norms",)
+"""What makes norms of a block good for what its weights lost."""
+
+CALIBRATED = frozenset({"gptq", *SCALING, *TUNING, *PROPAGATING, *TWEAKING})
 """Methods that learn from calibration inputs."""
 
-METHODS = (*ROUNDING, *SCALING, *BESIDE, *ROTATING, *TUNING, *PROPAGATING)
+METHODS = (*ROUNDING, *SCALING, *BESIDE, *ROTATING, *TUNING, *PROPAGATING, *TWEAKING)
 
 
 class Methods(NamedTuple):
@@ -41,18 +44,30 @@ class Methods(NamedTuple):
     rotates: bool = False
     tuning: str | None = None
     propagates: bool = False
+    tweaks: bool = False
 
     @property
     def calibrated(self) -> tuple[str, ...]:
         propagating = "propagate" if self.propagates else None
-        names = (self.scaling, self.rounding, propagating, self.tuning)
+        tweaking = "norms" if self.tweaks else None
+        names = (self.scaling, self.rounding, propagating, self.tuning, tweaking)
         return tuple(n for n in names if n in CALIBRATED)
+
+    @property
+    def learns_codes(self) -> bool:
+        """Whether tuning changes codes: those of GPTQ are left as they are by ``learned``."""
+        return self.tuning is not None and (self.tuning != "learned" or self.rounding != "gptq")
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether anything is learned from what blocks give."""
+        return self.tuning is not None or self.tweaks
 
     @property
     def weighs(self) -> bool:
         """Whether anything of this looks at second moments of inputs."""
         moments = self.rounding == "gptq" or self.scaling == "awq"
-        return moments or bool(self.beside) or self.tuning is not None
+        return moments or bool(self.beside) or self.by_blocks
 
 
 def methods(given: str | Sequence[str]) -> Methods:
@@ -72,17 +87,18 @@ def methods(given: str | Sequence[str]) -> Methods:
     if tuning and beside:
         raise ValueError(f"{tuning} learns codes alone: take it, or {' and '.join(beside)}")
     propagates = "propagate" in names
-    usual = "gptq" if tuning or propagates else "rtn"
+    usual = "gptq" if tuning == "learned" or propagates else "rtn"
     rounding = _one(names, ROUNDING, "round weights") or usual
     if propagates and rounding != "gptq":
         raise ValueError(f"propagate moves weights before gptq rounds them: leave {rounding} out")
     scaling = _one(names, SCALING, "scale channels")
-    return Methods(rounding, scaling, beside, "rotate" in names, tuning, propagates)
+    rotates, tweaks = "rotate" in names, "norms" in names
+    return Methods(rounding, scaling, beside, rotates, tuning, propagates, tweaks)
 
 
 def learning_refusal(chosen: Methods, scheme: Scheme) -> str | None:
     """Why nothing could be learned, and what to do."""
-    if chosen.tuning is None or chosen.rounding != "gptq" or can_learn(scheme):
+    if chosen.tuning is None or chosen.learns_codes or can_learn(scheme):
         return None
     return (
         f"behind gptq, learned moves scales, and those of {scheme.dtype} are too coarse for it: "

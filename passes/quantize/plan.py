@@ -23,6 +23,7 @@ from graphopt.passes.quantize import remainder
 from graphopt.passes.quantize.importance import Kind as Importance
 from graphopt.passes.quantize.layers import Kind, Layers
 from graphopt.passes.quantize.methods import Methods
+from graphopt.passes.quantize.norms import Affine
 from graphopt.passes.quantize.observed import Observed
 from graphopt.passes.quantize.propagation import Propagation
 from graphopt.program import Program, val
@@ -36,13 +37,15 @@ class Plan:
     """What calibration made of weights, by their names, and what stands beside their codes.
 
     ``notes`` say what that takes, and where a method had to give way. ``inputs`` say how the input
-    of each product with a weight is quantized, where that is found ahead of time.
+    of each product with a weight is quantized, where that is found ahead of time. ``norms`` are
+    scales and shifts that change, by the names of the scales.
     """
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     remainders: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Sequence[Static | None]] = field(default_factory=dict)
+    norms: Mapping[str, Affine] = field(default_factory=dict)
 
 
 def rounded(

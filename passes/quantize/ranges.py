@@ -18,6 +18,7 @@ from graphopt.kernels.quantized.split import Split
 from graphopt.kernels.quantized.static import Static
 from graphopt.passes.quantize.convolution import QuantizeConvolution
 from graphopt.passes.quantize.linear import QuantizeLinear
+from graphopt.passes.quantize.norms import changed
 from graphopt.passes.quantize.observed import given_to
 from graphopt.passes.quantize.plan import Plan, Progress, product_of, products_of, rounded
 from graphopt.program import Program
@@ -64,6 +65,8 @@ class Ranges:
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         self.reads = sorted(_reads(targets), key=lambda read: order[read.node])
         self.stream = Stream(program, samples, [read.node for read in self.reads])
+        for node, value in changed(program, plan.norms).items():
+            self.stream.weight(node, value)
         self.found: dict[fx.Node, Static | None] = {}
         self.weights = dict(plan.weights)
         self.known: dict[tuple[Any, ...], Static | None] = {}

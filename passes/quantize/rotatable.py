@@ -219,10 +219,10 @@ def held_by(node: fx.Node) -> list[fx.Node]:
     return [n for n in (given["weight"], given.get("bias")) if n is not None]
 
 
-def folded(weight: fx.Node, value: Tensor, build: Builder) -> fx.Node:
-    """State that takes the place of a weight of the same shape."""
+def folded(weight: fx.Node, value: Tensor, build: Builder, by: str = "rotate") -> fx.Node:
+    """State that takes the place of a weight of the same shape, made of it by a method."""
     name = build.program.target_of(weight) or weight.name
-    return build.state(name if is_folded(name) else f"{name}_folded", value, (weight,), "rotate")
+    return build.state(name if is_folded(name) else f"{name}_folded", value, (weight,), by)
 
 
 def told(node: fx.Node) -> str:

@@ -30,12 +30,17 @@ class Prepared(Stage):
         return made
 
 
+RECOGNISED: Sequence[tuple[Callable[[], Rule], ...]] = (
+    (FoldCone,),  # scales written as one more than a weight
+    (RecognizeLayerNorm, RecognizeRMSNorm),
+)
+
+
+def recognised(given: Pass) -> Sequence[Pass]:
+    """Norms as the operators they are, with their scales."""
+    return [Prepared(given, kinds) for kinds in RECOGNISED]
+
+
 def before_rotating(given: Pass) -> Sequence[Pass]:
     """Norms as RMS norms without scales, where that can be."""
-    steps: Sequence[tuple[Callable[[], Rule], ...]] = (
-        (FoldCone,),  # scales written as one more than a weight
-        (RecognizeLayerNorm, RecognizeRMSNorm),
-        (FoldAffine,),
-        (CentreStream,),
-    )
-    return [Prepared(given, kinds) for kinds in steps]
+    return [Prepared(given, kinds) for kinds in (*RECOGNISED, (FoldAffine,), (CentreStream,))]

@@ -12,12 +12,13 @@ from graphopt.passes.quantize.experts import QuantizeExperts
 from graphopt.passes.quantize.linear import QuantizeLinear
 from graphopt.passes.quantize.lookups import QuantizeEmbedding
 from graphopt.passes.quantize.names import USUAL, Scope
+from graphopt.passes.quantize.norms import TweakNorm
 from graphopt.passes.quantize.observed import require_samples
 from graphopt.passes.quantize.plan import Plan, Settings, calibrate
 from graphopt.passes.quantize.ranges import Ranges
 from graphopt.passes.quantize.stage import Stage
 from graphopt.program import Program
-from graphopt.rewrite import Match, Pass
+from graphopt.rewrite import Match, Pass, Rule
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ class QuantizeWeights(Stage):
     scope: Scope = USUAL
     plan: Plan = field(default_factory=Plan)
 
-    def rules(self) -> Sequence[QuantizeLinear]:
+    def rules(self) -> Sequence[Rule]:
+        tweaks = [TweakNorm(self.plan.norms)] if self.settings.methods.tweaks else []
+        return [*self.products(), *tweaks]
+
+    def products(self) -> Sequence[QuantizeLinear]:
+        """Those that store weights."""
         kinds = (QuantizeLinear, QuantizeExperts, QuantizeConvolution, QuantizeEmbedding)
         formats = self.settings.each()
         return [kind(each, self.plan, self.scope) for kind in kinds for each in formats]
@@ -67,7 +73,7 @@ class QuantizeWeights(Stage):
             require_samples(samples, asked, self.name, "method='rtn'")
         if not matches:
             return Plan()
-        if self.settings.methods.tuning:
+        if self.settings.methods.by_blocks:
             return BlockCalibration(program, matches, samples, self.settings).run(progress)
         return calibrate(program, matches, samples, self.settings, progress)
 
@@ -77,5 +83,5 @@ class QuantizeWeights(Stage):
 
     def targets(self, program: Program) -> list[tuple[QuantizeLinear, Match]]:
         """All that will be rewritten, and by which rule."""
-        found = ((rule, c.match) for rule in self.rules() for c in rule.find(program))
+        found = ((rule, c.match) for rule in self.products() for c in rule.find(program))
         return [(rule, m) for rule, m in found if m is not None and rule.check(m) is None]
