@@ -196,7 +196,7 @@ class Calibration:
         """Go on to the next product; its weight, if that was calibrated there."""
         product = self.observed.next()
         if self.propagation is not None:
-            self.propagation.look(product, self.observed.stream)
+            self.propagation.look(product, self.observed)
         weight = self.weight_of[product]
         pending = {self.weight_of[n] for n in self.observed.left}
         if weight in pending:  # calibrated where it is read last

@@ -3,13 +3,13 @@
 Behind quantized layers the inputs of a product are x where they were x0. A weight W should still
 give ``W x0``; the matrix that comes nearest to it on what there is to multiply is
 
-    W' = W + a W D (H + d)^-1,    D = sum (x0 - x) x.T,    H = sum x x.T
+    W' = W + a W D (H + d)^-1,    D = sum r^2 (x0 - x) x.T,    H = sum r^2 x x.T
 
 with a = 1 and a small damping d (least squares; Arai & Ichikawa 2025, "Quantization Error
 Propagation"; Li et al. 2025, "GPTAQ", solve the same problem column by column). W' takes the place
 of W when codes are chosen. On few inputs it would learn what is peculiar to them: a, between 0 and
-1, is what serves best where W' is made of one half of the inputs and judged on the other. Rows
-count the same here, whatever their `importance`.
+1, is what serves best where W' is made of one half of the inputs and judged on the other. r is 1,
+or what a row counts by its `importance`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, fx
 
 from graphopt.calibration import Stream
 from graphopt.kernels.quantized.gptq import damped
-from graphopt.passes.quantize.observed import given_to
+from graphopt.passes.quantize.observed import Observed, given_to
 from graphopt.program import Program
 
 DAMPING = 0.01
@@ -90,13 +91,15 @@ class Propagation:
     ) -> Propagation:
         return cls(Stream(program, samples, list(products)))
 
-    def look(self, product: fx.Node, quantized: Stream) -> None:
+    def look(self, product: fx.Node, quantized: Observed) -> None:
         """The stream of the quantized model has come to a product."""
         self.stream.advance(product)
         given = given_to(product)
         if given not in self.halves:
-            pairs = zip(self.stream.given(given), quantized.given(given), strict=True)
-            self.halves[given] = _halves(pairs, len(self.stream.values))
+            now = list(quantized.stream.given(given))
+            counts = quantized.importance.of(product, now) or repeat(None, len(now))
+            rows = zip(self.stream.given(given), now, counts, strict=True)
+            self.halves[given] = _halves(rows, len(now))
 
     def served(self, weight: Tensor, products: Iterable[fx.Node]) -> tuple[Tensor, str]:
         """W' of a weight ``(N, K)``, float32, and what there is to say of it."""
@@ -117,32 +120,37 @@ class Propagation:
         self.halves = {n: h for n, h in self.halves.items() if n in wanted}
 
 
-def _halves(pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> Halves | None:
-    """Of inputs in the float and in the quantized model; ``None`` where they do not correspond."""
+Rows = tuple[Tensor, Tensor, Tensor | None]
+"""What an input is in the float and in the quantized model ``(..., K)``, and what rows count, the
+squares of r ``(...)``, where they do not count the same."""
+
+
+def _halves(samples: Iterable[Rows], count: int) -> Halves | None:
+    """Sums over an input; ``None`` where rows of both models do not correspond."""
     halves: list[Sums] | None = None
-    for index, (before, now) in _parts(pairs, count):
+    for index, (before, now, counts) in _parts(samples, count):
         if before.shape != now.shape:
             return None
         rows = now.detach().flatten(0, -2).to(torch.float32)
         lost = before.detach().flatten(0, -2).to(torch.float32) - rows
+        counted = rows if counts is None else rows * counts.reshape(-1, 1).to(rows)
         if halves is None:
             shape = (rows.shape[1], rows.shape[1])
             halves = [Sums(rows.new_zeros(shape), rows.new_zeros(shape)) for _ in range(2)]
-        halves[index % 2].drift.addmm_(lost.t(), rows)
-        halves[index % 2].moment.addmm_(rows.t(), rows)
+        halves[index % 2].drift.addmm_(lost.t(), counted)
+        halves[index % 2].moment.addmm_(rows.t(), counted)
     return None if halves is None else Halves(*halves)
 
 
-def _parts(
-    pairs: Iterable[tuple[Tensor, Tensor]], count: int
-) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+def _parts(samples: Iterable[Rows], count: int) -> Iterator[tuple[int, Rows]]:
     """Samples in turn; the two halves of the rows where there is one sample alone."""
     if count > 1:
-        yield from enumerate(pairs)
+        yield from enumerate(samples)
         return
-    for before, now in pairs:
-        if before.shape == now.shape:
-            rows = [x.flatten(0, -2) for x in (before, now)]
-            yield from enumerate(zip(rows[0].chunk(2), rows[1].chunk(2), strict=True))
-        else:
-            yield 0, (before, now)
+    for before, now, counts in samples:
+        if before.shape != now.shape:
+            yield 0, (before, now, counts)
+            continue
+        both = [x.flatten(0, -2).chunk(2) for x in (before, now)]
+        shares = (None, None) if counts is None else counts.flatten().chunk(2)
+        yield from enumerate(zip(*both, shares, strict=False))

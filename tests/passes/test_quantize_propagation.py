@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_quantize_calibrated import batches, error, quantized
+from test_quantize_importance import batches as importance_batches
+from test_quantize_importance import model as importance_model
+from test_quantize_importance import prepared
 from torch import Tensor
 
+from graphopt.passes.quantize import blocks, plan
 from graphopt.passes.quantize.methods import methods
+from graphopt.passes.quantize.observed import Observed
+from graphopt.passes.quantize.plan import products_of
 from graphopt.passes.quantize.propagation import Propagation, Sums, _halves
 
 
@@ -18,9 +26,9 @@ def rows(seed: int, count: int = 256, width: int = 24) -> Tensor:
     return torch.randn(count, width, generator=generator) @ basis
 
 
-def pairs(count: int, lost: Tensor) -> list[tuple[Tensor, Tensor]]:
+def pairs(count: int, lost: Tensor) -> list[tuple[Tensor, Tensor, None]]:
     """Inputs in the float model, and what a linear map leaves of them."""
-    return [(x, x @ lost) for x in (rows(seed) for seed in range(count))]
+    return [(x, x @ lost, None) for x in (rows(seed) for seed in range(count))]
 
 
 def test_a_loss_that_is_a_linear_map_is_made_good() -> None:
@@ -39,7 +47,7 @@ def test_a_loss_that_is_a_linear_map_is_made_good() -> None:
 
 def test_noise_is_not_learned() -> None:
     """Few inputs, and noise: what one half taught is wrong on the other."""
-    noisy = [(x + torch.randn_like(x) * 0.3, x) for x in (rows(s, 16) for s in range(2))]
+    noisy = [(x + torch.randn_like(x) * 0.3, x, None) for x in (rows(s, 16) for s in range(2))]
     halves = _halves(noisy, 2)
     assert halves is not None
     assert halves.share(torch.randn(7, 24)) < 0.2
@@ -47,7 +55,7 @@ def test_noise_is_not_learned() -> None:
 
 def test_one_sample_is_judged_by_its_halves() -> None:
     x = rows(0)
-    found = _halves([(x, x)], 1)
+    found = _halves([(x, x, None)], 1)
     assert found is not None
     assert torch.allclose(found.first.moment, x[:128].t() @ x[:128], rtol=1e-5)
     assert torch.allclose(found.whole.moment, x.t() @ x, rtol=1e-4, atol=1e-3)
@@ -56,8 +64,70 @@ def test_one_sample_is_judged_by_its_halves() -> None:
 
 def test_other_rows_are_no_pairs() -> None:
     """Routers may send other tokens to an expert than in the float model."""
-    assert _halves([(rows(0, 8), rows(0, 9))], 1) is None
-    assert _halves([(rows(0, 8), rows(0, 8)), (rows(1, 8), rows(1, 7))], 2) is None
+    assert _halves([(rows(0, 8), rows(0, 9), None)], 1) is None
+    assert _halves([(rows(0, 8), rows(0, s), None) for s in (8, 7)], 2) is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_count_as_their_importance_says(count: int) -> None:
+    """As if each were there r times: what no row counts might as well not be there."""
+    x0, x = (torch.stack([rows(s + k, 8) for s in range(4)]) for k in (0, 50))
+    counts = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)).square()
+    found = _halves([(x0, x, counts)] * count, count)
+    assert found is not None
+    moment = torch.einsum("bs,bsi,bsj->ij", counts, x, x) * count
+    drift = torch.einsum("bs,bsi,bsj->ij", counts, x0 - x, x) * count
+    torch.testing.assert_close(found.whole.moment, moment, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.whole.drift, drift, rtol=1e-4, atol=1e-3)
+    if count == 1:
+        half = torch.einsum("bs,bsi,bsj->ij", counts[:2], x[:2], x[:2])
+        torch.testing.assert_close(found.first.moment, half, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("importance", ["norm", "attention"])
+def test_importance_is_that_of_the_second_moment(importance: Any) -> None:
+    data = importance_batches((24, 24))
+    program, stage = prepared(importance_model(), data)
+    samples = [[x] for x in data]
+    products = [n for m in stage.matches(program) for n in products_of(m)]
+    observed = Observed(program, samples, products, importance=importance)
+    beside = Propagation.of(program, samples, products)
+    while observed.left:
+        product = observed.next()
+        beside.look(product, observed)
+        halves = beside.halves[product.args[0]]
+        assert halves is not None
+        seen = observed.statistics[product.args[0]].moment
+        torch.testing.assert_close(halves.whole.moment, seen, rtol=1e-4, atol=1e-3)
+        plain = sum(
+            x.flatten(0, -2).T @ x.flatten(0, -2) for x in observed.stream.given(product.args[0])
+        )
+        assert (halves.whole.moment - plain).norm() > 0.1 * plain.norm()
+        assert not halves.whole.drift.any()  # nothing is quantized yet
+
+
+@pytest.mark.parametrize("method", ["propagate", "propagate+learned"])
+def test_calibration_counts_rows_in_both(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = importance_batches((24, 24)), []
+
+    class Watched(Propagation):
+        def look(self, product: Any, quantized: Observed) -> None:
+            super().look(product, quantized)
+            halves = self.halves[product.args[0]]
+            assert halves is not None
+            moment = quantized.statistics[product.args[0]].moment
+            torch.testing.assert_close(halves.whole.moment, moment, rtol=1e-4, atol=1e-3)
+            seen.append(float(halves.whole.drift.norm()))
+
+    for module in (plan, blocks):
+        monkeypatch.setattr(module, "Propagation", Watched)
+    steps = 2 if "learned" in method else None
+    options: dict[str, Any] = {"method": method, "importance": "attention", "steps": steps}
+    program, stage = prepared(importance_model(), data, **options)
+    made: Any = stage.calibrated(program, [[x] for x in data], lambda _text: None)
+    assert len(made.plan.weights) == len(seen) == 10
+    assert seen[0] == 0 and all(drift > 0 for drift in seen[3:])
+    assert not any("count the same" in note for note in made.plan.notes.values())
 
 
 def test_the_map_is_the_solution_of_least_squares() -> None:
