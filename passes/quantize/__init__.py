@@ -11,7 +11,7 @@ from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside
 from graphopt.passes.quantize.budget import check_budget
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
-from graphopt.passes.quantize.importance import KINDS
+from graphopt.passes.quantize.importance import checked as checked_importance
 from graphopt.passes.quantize.layers import Kind, Layers, checked
 from graphopt.passes.quantize.methods import Methods, learning_refusal, methods
 from graphopt.passes.quantize.names import Scope, Skip
@@ -88,8 +88,11 @@ class QuantizeMatmul(Pass):
             (Arai & Ichikawa 2025, QEP), as far as that is seen to hold on other inputs.
         importance: what rows of calibration inputs count by, where a method weighs errors by the
             second moment of inputs (Sung et al. 2025, RSQ): ``"attention"``, how much attention
-            their tokens get; ``"norm"``, their own length. Default: all count the same, as they do
-            at products whose rows are no tokens that an attention looks at (the report says so).
+            their tokens get; ``"norm"``, their own length; ``"frequency"``, how rare their tokens
+            are among calibration inputs; ``"first"``, whether they are in the first quarter of
+            their sequence, or ``"first:64"`` among its first 64. Default: all count the same, as
+            they do at products whose rows are no tokens that an attention looks at, or that a table
+            is looked up by (the report says so).
         steps: of ``"learned"``, ``"adaround"`` and ``"flexround"``, for the codes and for the
             scales of a block each, and of ``"norms"``; default 100.
         outliers: how much of each weight ``"outliers"`` keeps: a share (0.01 if not given) or, from
@@ -126,7 +129,7 @@ class QuantizeMatmul(Pass):
     outliers: float | None = None
     outlier_kind: Literal["columns", "numbers"] = "columns"
     rank: int | None = None
-    importance: Literal["attention", "norm"] | None = None
+    importance: str | None = None
     steps: int | None = None
     embeddings: bool = False
     head: bool = False
@@ -205,9 +208,10 @@ class QuantizeMatmul(Pass):
 
     def _check_importance(self) -> None:
         """It weighs second moments, which not every method looks at."""
-        if self.importance not in (None, *KINDS):
-            raise ValueError(f"importance={self.importance!r:.80} is not {' or '.join(KINDS)}")
-        if self.importance is not None and not self._methods.weighs:
+        if self.importance is None:
+            return
+        checked_importance(self.importance)
+        if not self._methods.weighs:
             raise ValueError(
                 "importance weighs rows for methods gptq, awq, outliers, lowrank and those that "
                 "learn from blocks (learned, adaround, flexround, norms): "

@@ -8,40 +8,48 @@ the tokens of a sample become ``r = r_min + (1 - r_min) (s - min s) / (max s - m
   of A[m, i, j]``, in the attention that a product leads to with no other product between, else in
   the last one before it. Which rows are the tokens that are attended to, the axes say.
 * ``"norm"`` (ActNorm): the length of the row itself.
+* ``"frequency"`` (TokenFreq): tokens count the less the more often calibration inputs have them, as
+  ids that a table is looked up by.
+* ``"first"`` (First-N): the first tokens of a sequence count 1, and the others what counts least:
+  a quarter of them, or as many as ``"first:64"`` says. What comes first the attention says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.axes import AxisFlow, bind_sizes, index_map, trace_axis
+from graphopt.analysis.axes import AxisFlow, trace_axis
 from graphopt.analysis.axis_rules.placement import Placement
 from graphopt.analysis.flow import ancestors
 from graphopt.calibration import Stream
 from graphopt.errors import GraphoptError
+from graphopt.passes.quantize.token_scores import (
+    LEAST,
+    by_token,
+    first_tokens,
+    rarities,
+    scaled,
+    sizes_of,
+    tokens_of,
+)
 from graphopt.program import Program, val
 from graphopt.rewrite import arguments
 
-Kind = Literal["attention", "norm"]
-KINDS = get_args(Kind)
-LEAST = 0.01
-"""What the least important row of a sample counts, the most important being 1: r_min."""
-QUERIES = 256
-"""Rows of an attention matrix that are held at a time."""
+KINDS = ("attention", "norm", "frequency", "first")
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
 class Link(NamedTuple):
-    """A product's rows as the tokens that an attention looks at."""
+    """A product's rows as the tokens that an attention looks at, or a table is looked up by."""
 
-    attention: fx.Node
+    source: fx.Node
     flow: AxisFlow
 
 
@@ -51,7 +59,7 @@ class Importance:
     Attributes:
         links: by product, where its importance comes from.
         unknown: products all of whose rows count the same, and why.
-        received: by attention and sample, what each token gets of it.
+        scores: by attention or table, and by sample, what each token gets of it.
     """
 
     def __init__(
@@ -59,21 +67,49 @@ class Importance:
         program: Program,
         samples: Sequence[Sequence[Any]],
         products: Iterable[fx.Node],
-        kind: Kind | None,
+        kind: str | None,
     ) -> None:
-        self.kind, self.links, self.unknown = kind, dict[fx.Node, Link](), dict[fx.Node, str]()
-        self.received: dict[fx.Node, list[Tensor]] = {}
+        name, _, count = (kind or "").partition(":")
+        self.kind, self.links, self.unknown = name, dict[fx.Node, Link](), dict[fx.Node, str]()
+        self.scores: dict[fx.Node, list[Tensor]] = {}
         self.sizes: list[dict[sympy.Symbol, int]] = []
-        if kind == "attention":
-            self.sizes = [_sizes(program, sample) for sample in samples]
+        if name in ("attention", "first"):
+            self.sizes = [sizes_of(program, sample) for sample in samples]
             flows = _flows(program.graph)
             for product in products:
                 self._link(product, flows)
+        if name == "first":
+            first = int(count) if count else None
+            for attention, flow in dict(self.links.values()).items():
+                self.scores[attention] = [
+                    first_tokens(attention, flow, s, first) for s in self.sizes
+                ]
+        if name == "frequency":
+            self.sizes = [sizes_of(program, sample) for sample in samples]
+            tables = _tables(program)
+            for product in products:
+                self._look_up(product, tables)
+            for table in {link.source for link in self.links.values()}:
+                self.scores[table] = rarities(program, samples, arguments(table)["indices"])
 
     @property
     def attentions(self) -> list[fx.Node]:
-        """Those that are looked at."""
-        return list(dict.fromkeys(link.attention for link in self.links.values()))
+        """Those that are looked at as samples pass."""
+        if self.kind != "attention":
+            return []
+        return list(dict.fromkeys(link.source for link in self.links.values()))
+
+    def _look_up(self, product: fx.Node, tables: Mapping[fx.Node, AxisFlow]) -> None:
+        for table, flow in tables.items():
+            if flow.places(arguments(product)["input"]):
+                self.links[product] = Link(table, flow)
+                return
+        self.unknown[product] = (
+            "no token ids are known to be what its rows hold, as far as the axes are known: "
+            "all rows count the same"
+            if tables
+            else "the model looks no table up by its inputs: all rows count the same"
+        )
 
     def _link(self, product: fx.Node, flows: Mapping[fx.Node, AxisFlow | None]) -> None:
         order = {node: i for i, node in enumerate(product.graph.nodes)}
@@ -97,16 +133,16 @@ class Importance:
         names = ("query", "key", "attn_mask")
         held = {n: given[n] for n in names if isinstance(given[n], fx.Node)}
         columns = {name: stream.given(node) for name, node in held.items()}
-        flow = next(link.flow for link in self.links.values() if link.attention is attention)
+        flow = next(link.flow for link in self.links.values() if link.source is attention)
         rows = [dict(zip(columns, row, strict=True)) for row in _rows(columns)]
-        self.received[attention] = [
-            _by_token(attention, flow, {**given, **row}, sizes)
+        self.scores[attention] = [
+            by_token(attention, flow, {**given, **row}, sizes)
             for row, sizes in zip(rows, self.sizes, strict=True)
         ]
 
     def miss(self, attention: fx.Node) -> None:
         """Samples went past an attention before anybody looked."""
-        for product in [n for n, link in self.links.items() if link.attention is attention]:
+        for product in [n for n, link in self.links.items() if link.source is attention]:
             del self.links[product]
             self.unknown[product] = (
                 f"`{attention.name}` is in another block: all rows count the same"
@@ -118,98 +154,53 @@ class Importance:
             return (scaled(x.float().norm(dim=-1)).square() for x in samples)
         if product not in self.links:
             return None
-        return self._attended(product, samples)
+        return self._scored(product, samples)
 
     def keep(self, products: Iterable[fx.Node]) -> None:
         """Forget what none of these products needs."""
-        wanted = {self.links[n].attention for n in products if n in self.links}
-        self.received = {n: gets for n, gets in self.received.items() if n in wanted}
+        wanted = {self.links[n].source for n in products if n in self.links}
+        self.scores = {n: gets for n, gets in self.scores.items() if n in wanted}
 
-    def _attended(self, product: fx.Node, samples: Iterable[Tensor]) -> Iterator[Tensor]:
-        attention, flow = self.links[product]
+    def _scored(self, product: fx.Node, samples: Iterable[Tensor]) -> Iterator[Tensor]:
+        source, flow = self.links[product]
         node = arguments(product)["input"]
-        for x, scores, sizes in zip(samples, self.received[attention], self.sizes, strict=True):
-            tokens = _tokens(flow, node, sizes, x.dim()).to(x.device).expand(x.shape[:-1])
+        for x, scores, sizes in zip(samples, self.scores[source], self.sizes, strict=True):
+            tokens = tokens_of(flow, node, sizes, x.dim()).to(x.device).expand(x.shape[:-1])
             known = (tokens >= 0) & (tokens < len(scores))
-            made = scaled(scores)[tokens.clamp(0, len(scores) - 1)]
+            made = scaled(scores.to(x.device))[tokens.clamp(0, len(scores) - 1)]
             yield torch.where(known, made, LEAST).square()
 
 
-def scaled(scores: Tensor) -> Tensor:
-    """Scores of the rows of a sample as r, between `LEAST` and 1; 1 where all are the same."""
-    if not scores.numel():
-        return scores
-    low, high = scores.amin(), scores.amax()
-    if not high > low:
-        return torch.ones_like(scores)
-    return LEAST + (1 - LEAST) * (scores - low) / (high - low)
+def checked(kind: Any) -> None:
+    """Whether it is one of `KINDS`, ``first`` perhaps with a number.
 
-
-def received(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """What each key gets of attention, summed over queries ``(..., L, E)``.
-
-    Returns:
-        ``(..., S)``, float32, with the heads of the queries; a row that sees nothing gives nothing.
+    Raises:
+        ValueError: it is not.
     """
-    query, key = query.float(), key.float()
-    if key.dim() > 2 and key.shape[-3] not in (1, query.shape[-3]):
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)  # grouped heads
-    places = torch.arange(key.shape[-2], device=key.device)
-    total: Tensor | float = 0.0
-    for start in range(0, query.shape[-2], QUERIES):
-        part = query[..., start : start + QUERIES, :]
-        logits = part @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if attn_mask is not None:
-            rows = attn_mask.shape[-2] > 1
-            mask = attn_mask[..., start : start + QUERIES, :] if rows else attn_mask
-            bias = mask.to(logits.dtype)
-            logits = (
-                logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + bias
-            )
-        if is_causal:
-            last = torch.arange(start, start + part.shape[-2], device=key.device)[:, None]
-            logits = logits.masked_fill(places > last, -torch.inf)
-        total = total + logits.softmax(-1).nan_to_num(0.0).sum(-2)
-    assert isinstance(total, Tensor)  # there is a query
-    return total
-
-
-def _by_token(
-    attention: fx.Node, flow: AxisFlow, given: Mapping[str, Any], sizes: Mapping[sympy.Symbol, int]
-) -> Tensor:
-    """What each token of a sample gets of an attention."""
-    key = given["key"]
-    gets = received(given["query"], key, given["attn_mask"], given["is_causal"], given["scale"])
-    tokens = _tokens(flow, arguments(attention)["key"], sizes, key.dim())
-    tokens = tokens.to(gets.device).expand(gets.shape).flatten()
-    count = int(sympy.sympify(flow.extent).subs(sizes))
-    known = (tokens >= 0) & (tokens < count)
-    return gets.new_zeros(count).index_add(0, tokens[known], gets.flatten()[known])
-
-
-def _tokens(flow: AxisFlow, node: fx.Node, sizes: Mapping[sympy.Symbol, int], rank: int) -> Tensor:
-    """The token that each position of a tensor holds, without its last dim."""
-    return index_map(flow.places(node)[0].at(sizes), rank)[..., 0]
+    name, colon, count = str(kind).partition(":")
+    is_number = count.isascii() and count.isdigit() and int(count) > 0
+    if name not in KINDS or (colon and not (name == "first" and is_number)):
+        known = ", ".join(f"'{k}'" for k in KINDS)
+        raise ValueError(f"importance={kind!r:.80} is none of {known}, or such as 'first:64'")
 
 
 def _rows(columns: Mapping[str, Iterator[Any]]) -> Iterator[tuple[Any, ...]]:
     return zip(*columns.values(), strict=True)
 
 
-def _sizes(program: Program, sample: Sequence[Any]) -> dict[sympy.Symbol, int]:
-    """What symbols of sizes stand for."""
-    found: dict[sympy.Symbol, int] = {}
-    for node, value in zip(program.user_inputs(), sample, strict=True):
-        fake = val(node)
-        if isinstance(fake, Tensor) and isinstance(value, Tensor):
-            found |= bind_sizes(fake, value)
-    return found
+def _tables(program: Program) -> dict[fx.Node, AxisFlow]:
+    """Look-ups by what users give, and the tokens of each, followed; of large tables first."""
+    users, found = set(program.user_inputs()), dict[fx.Node, AxisFlow]()
+    for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
+        given = arguments(node)["indices"]
+        if users.isdisjoint(ancestors([given])):
+            continue
+        try:
+            found[node] = trace_axis(node, list(range(val(node).dim() - 1)))
+        except GraphoptError:  # one token, or none
+            continue
+    rows = {node: int(val(arguments(node)["weight"]).shape[0]) for node in found}
+    return {node: found[node] for node in sorted(found, key=lambda n: -rows[n])}
 
 
 def _flows(graph: fx.Graph) -> dict[fx.Node, AxisFlow | None]:

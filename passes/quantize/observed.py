@@ -9,7 +9,7 @@ from torch import fx
 
 from graphopt.calibration import Statistics, Stream
 from graphopt.errors import GraphoptError
-from graphopt.passes.quantize.importance import Importance, Kind
+from graphopt.passes.quantize.importance import Importance
 from graphopt.program import Program
 from graphopt.rewrite import arguments
 from graphopt.source import source_line
@@ -30,7 +30,7 @@ class Observed:
         samples: Sequence[Sequence[Any]],
         products: Iterable[fx.Node],
         until: Iterable[fx.Node] = (),
-        importance: Kind | None = None,
+        importance: str | None = None,
     ) -> None:
         self.name = program.name
         wanted = set(products)
@@ -77,12 +77,12 @@ class Observed:
     def _look_ahead(self, product: fx.Node) -> None:
         """See the attention that a product leads to, as the weights are, and come back."""
         link = self.importance.links.get(product)
-        if link is None or link.attention not in self.ahead:
+        if link is None or link.source not in self.ahead:
             return
         mark = self.stream.mark()
-        self.ahead.remove(link.attention)
-        self.stream.advance(link.attention)
-        self.importance.watch(link.attention, self.stream)
+        self.ahead.remove(link.source)
+        self.stream.advance(link.source)
+        self.importance.watch(link.source, self.stream)
         self.stream.rewind(mark)
 
     def of(self, products: Iterable[fx.Node]) -> list[Statistics]:

@@ -20,7 +20,6 @@ from graphopt.kernels.quantized.split import Beside, Seen, Split, split
 from graphopt.kernels.quantized.static import Static
 from graphopt.kernels.quantized.weight import QuantizedWeight
 from graphopt.passes.quantize import remainder
-from graphopt.passes.quantize.importance import Kind as Importance
 from graphopt.passes.quantize.layers import Kind, Layers
 from graphopt.passes.quantize.methods import Methods
 from graphopt.passes.quantize.norms import Affine
@@ -97,7 +96,7 @@ class Settings:
     steps: int = 100
     ranges: str | float = "mse"
     layers: Layers | None = None
-    importance: Importance | None = None
+    importance: str | None = None
 
     @property
     def kind(self) -> Kind:

@@ -13,9 +13,9 @@ from graphopt.capture import capture
 from graphopt.passes import QuantizeMatmul
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.quantize import factors
-from graphopt.passes.quantize.importance import LEAST, received, scaled
 from graphopt.passes.quantize.observed import Observed
 from graphopt.passes.quantize.plan import calibrate, products_of
+from graphopt.passes.quantize.token_scores import LEAST, received, scaled
 from graphopt.passes.quantize.weights import QuantizeWeights
 from graphopt.program import Program
 from graphopt.rewrite.driver import apply_rules
@@ -133,7 +133,7 @@ def test_moments_are_those_of_scaled_rows(sizes: tuple[int, ...]) -> None:
                 observed.statistics[product.args[0]].moment, exact, rtol=1e-3, atol=1e-3
             )
             observed.keep([])
-            assert len(observed.importance.received) <= 1
+            assert len(observed.importance.scores) <= 1
     assert not observed.importance.unknown
 
 
@@ -188,6 +188,95 @@ def test_factors_follow_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["attention"]
 
 
+class Words(nn.Module):
+    """Of token ids, with kinds of tokens and places besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.kinds = nn.Embedding(40, WIDTH), nn.Embedding(2, WIDTH)
+        self.words, self.model = nn.Embedding(50, WIDTH), Model()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = self.places(torch.arange(ids.shape[1]))
+        return self.model(self.kinds(ids % 2) + self.words(ids.view(ids.shape)) + places)
+
+
+def sums(module: nn.Module, data: list[Tensor], rows: list[Tensor]) -> dict[str, Tensor]:
+    """By hand: the moment of each layer's inputs whose rows ``(B, S)`` count r^2."""
+    found: dict[str, Tensor] = {}
+    at = [torch.empty(0)]
+
+    def add(name: str, x: Tensor) -> None:
+        found[name] = found.get(name, 0) + torch.einsum("bs,bsi,bsj->ij", at[0], x, x)
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda _m, args, _o, name=name: add(name, args[0]))
+    with torch.no_grad():
+        for x, counts in zip(data, rows, strict=True):
+            at[0] = counts
+            module(x)
+    return found
+
+
+def moments(module: nn.Module, data: list[Tensor], dynamic: Any, kind: str) -> dict[str, Tensor]:
+    program, stage = prepared(module, data, dynamic)
+    products = [n for m in stage.matches(program) for n in products_of(m)]
+    observed = Observed(program, [[x] for x in data], products, importance=kind)
+    assert not observed.importance.unknown
+    found = {}
+    while observed.left:
+        product = observed.next()
+        name = str(program.target_of(product.args[1])).removesuffix(".weight")
+        found[name] = observed.statistics[product.args[0]].moment
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(24, 24), (24, 7, 31)], ids=str)
+@pytest.mark.parametrize("kind", ["first", "first:5", "first:100", "frequency"])
+def test_rows_count_by_place_or_frequency_of_their_token(kind: str, sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    data = [(torch.rand(2, size, generator=generator).square() * 50).long() for size in sizes]
+    torch.manual_seed(0)
+    module, rows = Words().eval(), []
+    counts = torch.cat([x.flatten() for x in data]).bincount(minlength=50)
+    for x in data:
+        first = {"first": x.shape[1] // 4, "first:5": 5}.get(kind, 100)
+        near = (torch.arange(x.shape[1]) < first).float().expand(x.shape)
+        scores = -counts[x].float() if kind == "frequency" else near
+        rows.append(scaled(scores).square())
+    assert kind == "first:100" or all(r.min() < 1e-3 and r.max() == 1 for r in rows)
+    dynamic = ({1: torch.export.Dim.DYNAMIC},) if len({*sizes}) > 1 else None
+    found = moments(module, data, dynamic, kind)
+    exact = sums(module, data, rows)
+    assert len(exact) == 10
+    for name, moment in exact.items():
+        torch.testing.assert_close(found[name], moment, rtol=1e-3, atol=1e-3)
+
+
+def test_first_tokens_are_found_without_ids() -> None:
+    data = batches((24,))
+    found = moments(model(), data, None, "first:3")
+    rows = [torch.where(torch.arange(24) < 3, 1.0, LEAST**2).expand(2, 24)]
+    for name, moment in sums(model(), data, rows).items():
+        torch.testing.assert_close(found[name], moment, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["first", "frequency"])
+@pytest.mark.parametrize("method", ["gptq", "propagate", "awq", "learned", "outliers"])
+def test_methods_count_so(kind: str, method: str) -> None:
+    data = [torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    torch.manual_seed(0)
+    program, _ = prepared(Words(), data)
+    found = []
+    for importance in (None, kind):
+        step = QuantizeMatmul(bits=3, activations=None, method=method, importance=importance)
+        made: Any = step.stages()[-1].calibrated(program, [[x] for x in data], lambda _text: None)
+        assert not any("count the same" in note for note in made.plan.notes.values())
+        found.append(made.plan.weights["model.blocks.1.up.weight"].dequantize())
+    assert not torch.equal(*found)
+
+
 class Apart(nn.Module):
     """Attention over channels: no row is a token of it."""
 
@@ -200,19 +289,35 @@ class Apart(nn.Module):
         return self.outside(F.scaled_dot_product_attention(y, y, y).mT)
 
 
+class Folded(nn.Module):
+    """Words of a sequence as features of one row: no row is one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inside = nn.Embedding(50, 4), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x * 7).long().remainder(50)[..., : WIDTH // 4]
+        return self.inside(self.words(ids).sum(2).repeat(1, 1, WIDTH // 4)) + x
+
+
 @pytest.mark.parametrize(
-    ("module", "reason"),
+    ("module", "kind", "reason"),
     [
-        (nn.Sequential(nn.Linear(WIDTH, WIDTH)), "has no attention"),
-        (Apart(), "no attention looks at"),
+        (nn.Sequential(nn.Linear(WIDTH, WIDTH)), "attention", "has no attention"),
+        (nn.Sequential(nn.Linear(WIDTH, WIDTH)), "first", "has no attention"),
+        (nn.Sequential(nn.Linear(WIDTH, WIDTH)), "frequency", "looks no table up"),
+        (Apart(), "attention", "no attention looks at"),
+        (Apart(), "first:3", "no attention looks at"),
+        (Folded(), "frequency", "no token ids"),
     ],
 )
 def test_rows_that_are_no_tokens_count_the_same_and_it_is_said(
-    module: nn.Module, reason: str
+    module: nn.Module, kind: str, reason: str
 ) -> None:
     data = batches()
     plans = []
-    for importance in (None, "attention"):
+    for importance in (None, kind):
         program, stage = prepared(module, data, importance=importance)
         samples = [[x] for x in data]
         matches = stage.matches(program)
@@ -224,7 +329,10 @@ def test_rows_that_are_no_tokens_count_the_same_and_it_is_said(
 
 def test_options() -> None:
     for options, reason in (
-        ({"importance": "size", "method": "gptq"}, "is not attention or norm"),
+        ({"importance": "size", "method": "gptq"}, "none of 'attention', 'norm'"),
+        ({"importance": "first:0", "method": "gptq"}, "such as 'first:64'"),
+        ({"importance": "first:", "method": "gptq"}, "such as 'first:64'"),
+        ({"importance": "norm:3", "method": "gptq"}, "none of"),
         ({"importance": "norm"}, "has none of them"),
         ({"importance": "norm", "method": "smoothquant"}, "has none of them"),
     ):
