@@ -245,7 +245,7 @@ def test_rows_count_by_place_or_frequency_of_their_token(kind: str, sizes: tuple
         near = (torch.arange(x.shape[1]) < first).float().expand(x.shape)
         scores = -counts[x].float() if kind == "frequency" else near
         rows.append(scaled(scores).square())
-    assert kind == "first:100" or all(r.min() < 1e-3 and r.max() == 1 for r in rows)
+    assert kind == "first:100" or all(r.min() < 1e-3 and r.max() > 0.999 for r in rows)
     dynamic = ({1: torch.export.Dim.DYNAMIC},) if len({*sizes}) > 1 else None
     found = moments(module, data, dynamic, kind)
     exact = sums(module, data, rows)
