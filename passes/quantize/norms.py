@@ -29,7 +29,10 @@ from graphopt.rewrite import (
 
 MOST = 0.1
 """Relative change of what a norm gives that is still a tweak."""
-FOLDED = "its scale was folded into the layers that read it"
+FOLDED = (
+    "its scale was folded into the layers that read it, as preset exact does: quantize before "
+    "that, passes=['Canonicalize', QuantizeMatmul(...), 'exact']"
+)
 
 
 class Affine(NamedTuple):

@@ -89,6 +89,27 @@ def test_merged_and_folded_weights_are_taken_apart(form: str, tmp_path: Path) ->
     assert folded  # the preset folds them
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_norms_that_were_changed_go_out_too(form: str, tmp_path: Path) -> None:
+    model = llama()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    texts = [{**CALL, "input_ids": IDS.flip(0)}, CALL]
+    step = QuantizeMatmul(method="rtn+norms", **{**W4, "bits": 8})
+    fast = graphopt.compile(
+        model, example_kwargs=CALL, calibration=texts, passes=["Canonicalize", step], measure=False
+    )
+    changed = [n for n in fast.program.state if "norm" in n and "folded" in n]
+    assert changed, fast.report.missed
+    result = graphopt.export_huggingface(fast, tmp_path / "out", model, format=form)
+    assert result.error is not None and result.error < 1e-3
+    tensors, _ = held(tmp_path / "out")
+    name = changed[0].removesuffix("_folded")
+    assert torch.equal(tensors[name], fast.program.state[changed[0]])
+    assert not torch.equal(tensors[name], model.state_dict()[name])
+
+
 def test_an_encoder_with_layer_norms(tmp_path: Path) -> None:
     """Scales and shifts of layer norms are folded into weights and biases, streams centred."""
     torch.manual_seed(0)

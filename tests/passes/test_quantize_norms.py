@@ -195,6 +195,21 @@ def test_scales_that_were_folded_are_named() -> None:
     assert sum("folded into the layers" in reason for reason in reasons) == 2
 
 
+def test_preset_exact_goes_behind_it() -> None:
+    """Other than in front of it, where it would fold the scales away."""
+    step = QuantizeMatmul(activations=None, method="rtn+norms", steps=20, **THREE)
+    fast = graphopt.compile(
+        stack(),
+        example_inputs=(batches(1)[0],),
+        calibration=batches(2),
+        passes=["Canonicalize", step, "exact"],
+        measure=False,
+    )
+    assert fast.report.verified
+    assert any(a.rule == "TweakNorm" for a in fast.report.applied)
+    assert any("norm.weight_folded" in name for name in fast.program.state)
+
+
 class Spelled(Layer):
     """Its norm is written out, with a scale of one more than its weight."""
 
