@@ -18,7 +18,10 @@ from graphopt.passes import QuantizeMatmul
 from graphopt.passes.quantize import tweaks
 from graphopt.passes.quantize.methods import methods
 from graphopt.passes.quantize.norms import Affine, TweakNorm
+from graphopt.passes.quantize.plan import Plan
+from graphopt.passes.quantize.ranges import Ranges
 from graphopt.passes.quantize.tweaks import Distribution, LearnedVector
+from graphopt.passes.quantize.weights import QuantizeWeights
 from graphopt.pipeline import Context, run_pass
 from graphopt.rewrite.passes import parse_pass
 
@@ -181,6 +184,48 @@ def test_with_quantized_activations(activations: str) -> None:
     fast = compiled(stack(), batches(4), steps=20, **options)
     assert fast.report.verified
     assert any(a.rule == "TweakNorm" for a in fast.report.applied)
+
+
+def test_later_blocks_see_norms_that_were_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Watched(Distribution):
+        def learn(self) -> Any:
+            with torch.no_grad():
+                seen.append(self.forward(0, {n: w.read() for n, w in self.weights.items()})[0])
+            return super().learn()
+
+    monkeypatch.setattr(tweaks, "Distribution", Watched)
+    plan = prepared(stack(), method="rtn+norms", steps=20)[0].run(lambda _text: None)
+    changed, model = plan.norms["layers.0.norm.weight"], stack()
+    assert changed.scale is not None and changed.shift is not None
+    with torch.no_grad():
+        model.layers[0].norm.weight.copy_(changed.scale)
+        model.layers[0].norm.bias.copy_(changed.shift)
+        for name, stored in plan.weights.items():
+            model.get_parameter(name).copy_(stored.dequantize())
+        exact = model.layers[1](model.layers[0](batches(2)[0]))
+    torch.testing.assert_close(seen[1], exact)
+
+
+def test_ranges_are_those_behind_changed_norms() -> None:
+    calibration, program = prepared(stack(), method="rtn", bits=8, activations="static")
+    del calibration
+    stage = QuantizeMatmul(activations="static").stages()[-1]
+    assert isinstance(stage, QuantizeWeights)
+    samples = [[x] for x in batches(2)]
+    twice = {
+        f"layers.{i}.norm.weight": Affine("", torch.full((WIDTH,), 2.0), torch.zeros(WIDTH))
+        for i in range(2)
+    }
+    found = [
+        Ranges(program, stage.targets(program), samples, Plan(norms=norms), "minmax")
+        .run(lambda _text: None)
+        .inputs["layers.0.gate.weight"][0]
+        for norms in ({}, twice)
+    ]
+    assert found[0] is not None and found[1] is not None
+    assert found[1].scale == pytest.approx(2 * found[0].scale)
 
 
 def test_scales_that_were_folded_are_named() -> None:

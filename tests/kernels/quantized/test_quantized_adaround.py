@@ -13,6 +13,7 @@ from torch import Tensor
 from graphopt.kernels.quantized import QuantizedWeight, Scheme, gptq, quantize
 from graphopt.kernels.quantized.adaround import AdaRound, annealed, charge, rectified
 from graphopt.kernels.quantized.cells import all_levels, grouped
+from graphopt.kernels.quantized.codes import encode
 from graphopt.kernels.quantized.flexround import FlexRound
 from graphopt.kernels.quantized.learnable import LearnableWeight
 from graphopt.kernels.quantized.refine import levels
@@ -64,6 +65,36 @@ def test_codes_of_another_method_are_where_it_starts(
     assert torch.equal(made.stored().unpacked().float(), start.unpacked().float())
     far = (weight().flip(0), start)  # any number beside any code
     assert torch.equal(kind(*far).stored().unpacked().float(), start.unpacked().float())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_number_lies_beside_its_code_on_its_own_side(scheme: Scheme) -> None:
+    start = gptq(weight(), scheme, moment())
+    found, plain = grouped(weight(), start), weight().view_as(grouped(weight(), start).scaled)
+    scaled = plain / found.scales + (0 if found.zeros is None else found.zeros)
+    moved = found.scaled != scaled
+    assert moved.any()
+    ends = all_levels(scheme)[[0, -1]]
+    inner = moved & (found.levels != ends[0]) & (found.levels != ends[1])
+    off, was = found.scaled - found.levels, scaled - found.levels
+    assert (off.sign() == was.sign())[inner].all()
+    assert (off.abs() < was.abs())[inner].all()
+
+
+def test_a_tie_is_where_it_was_rounded_to() -> None:
+    numbers = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.0, -4.0]])
+    for dtype in ("int", "fp4"):
+        scheme = Scheme(4, dtype)
+        start = quantize(numbers * 2, scheme)
+        for scale in (1.0, 0.25, 1 / 3):
+            held = replace(start, scales=torch.full_like(start.scales, scale))
+            made = AdaRound(numbers * scale, replace(held, codes=_rounded(numbers, scheme)))
+            assert torch.equal(made.stored().codes, _rounded(numbers, scheme))
+
+
+def _rounded(numbers: Tensor, scheme: Scheme) -> Tensor:
+    codes = encode(numbers[None], torch.ones(1, 1, 1), None, scheme)[0]
+    return QuantizedWeight.from_codes(codes, torch.ones(1, 1), None, scheme).codes
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
