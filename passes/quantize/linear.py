@@ -186,7 +186,7 @@ class QuantizeLinear(Rule):
 
     def _note(self, name: str) -> str:
         methods = self.settings.methods
-        named = (*methods.calibrated, *methods.beside)
+        named = [n for n in (*methods.calibrated, *methods.beside) if n != "norms"]
         if name in self.plan.weights or not named:
             return self.plan.notes.get(name, "")
         return f"{' and '.join(named)} calibrates layers of one matrix: it is rounded alone"

@@ -80,9 +80,9 @@ class TweakNorm(Rule):
     def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
         affine = self.found[name_of(match)]
         assert affine.scale is not None  # of what `check` lets through
-        made = {"weight": folded(match["scale"], affine.scale, build, "norms")}
+        made = {"weight": _replaced(match["scale"], affine.scale, build)}
         if affine.shift is not None:
-            made["bias"] = folded(match["shift"], affine.shift, build, "norms")
+            made["bias"] = _replaced(match["shift"], affine.shift, build)
         return tuple(_called(node, made, build) for node in match.roots)
 
     def remark(self, match: Match) -> str:
@@ -171,6 +171,11 @@ def _held_refusal(what: str, held: fx.Node, match: Match) -> Refusal | None:
 
 def _is_changed(node: fx.Node) -> bool:
     return TweakNorm.__name__ in node.meta.get("rewritten_by", ())
+
+
+def _replaced(held: fx.Node, value: Tensor, build: Builder) -> fx.Node:
+    """State that takes the place of a vector, and is of no use once that was written."""
+    return folded(held, value.to(build.program.tensor(held).dtype), build, "norms")
 
 
 def _called(node: fx.Node, made: Mapping[str, fx.Node], build: Builder) -> fx.Node:

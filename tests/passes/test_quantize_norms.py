@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.errors import GraphoptError
 from graphopt.kernels.quantized import QuantizedWeight, Scheme
 from graphopt.passes import QuantizeMatmul
 from graphopt.passes.quantize import tweaks
@@ -340,6 +341,16 @@ def test_a_recipe_repeats_it_and_a_file_holds_it(tmp_path: Path) -> None:
     for other in (two, again, third):
         assert torch.equal(other(data[1]), one(data[1]))
     assert {*two.state_dict()} == {*one.state_dict()}
+
+
+def test_a_later_write_to_a_norm_is_seen() -> None:
+    model, data = stack(), batches(2)
+    fast = compiled(model, data, method="rtn+norms", steps=10, **THREE)
+    assert "layers.0.norm.weight_folded" in fast.program.state
+    with torch.no_grad():
+        model.layers[0].norm.weight.mul_(2)
+    with pytest.raises(GraphoptError, match=r"norm\.weight was written after"):
+        fast(data[0])
 
 
 def test_names() -> None:
