@@ -8,12 +8,14 @@ of its norms, little and for few steps, so as to lower (equation 2)
 
 Means and variances are over all rows of a sample. Here, as in all of calibration, the float model
 has float inputs, and the size of an output is its unit, so that blocks of any size move alike. What
-brings these nearer may still take values apart: as much of it is kept as their squared error falls.
+brings these nearer may still take values apart: as much of it is kept as their squared error falls
+on samples that it was not learned from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +97,21 @@ def _share(vectors: Mapping[fx.Node, LearnedVector], squared: Reconstruction) ->
     return best
 
 
+def _halves(
+    run: Forward, targets: Sequence[Sequence[Any]]
+) -> list[tuple[Forward, Sequence[Sequence[Any]]]]:
+    """Every other sample, and those between; of one sample alone, that twice."""
+    count = len(targets)
+    places = (range(0, count, 2), range(min(1, count - 1), count, 2))
+    return [(partial(_run, run, own), [targets[i] for i in own]) for own in places]
+
+
+def _run(
+    run: Forward, own: Sequence[int], index: int, weights: Mapping[fx.Node, Tensor]
+) -> Sequence[Any]:
+    return run(own[index], weights)
+
+
 class Tweaks:
     """Norms of a program, block by block.
 
@@ -128,9 +145,11 @@ class Tweaks:
         vectors = {node: vector for m in inside for node, vector in self._vectors(m).items()}
         try:
             run = forward(list(vectors))
+            taught, others = _halves(run, targets)
+            distribution = Distribution(taught[0], vectors, taught[1], steps)
             with torch.enable_grad():
-                learned = Distribution(run, vectors, targets, steps).learn()
-            share = _share(vectors, Reconstruction(run, vectors, targets, 0))
+                learned = distribution.learn()
+            share = _share(vectors, Reconstruction(others[0], vectors, others[1], 0))
         except (RuntimeError, ValueError) as error:
             return self._none(inside, f"its block does not let it be learned: {error!s:.200}")
         if not learned.after < learned.before:
@@ -138,7 +157,7 @@ class Tweaks:
         if not share:
             reason = "what brings means and variances of its block nearer takes values apart"
             return self._none(inside, reason)
-        after = Distribution(run, vectors, targets, 0).lost()
+        after = distribution.lost()
         note = (
             f"means and variances of its block are off by {after:.3g}, {learned.before:.3g} before "
             "it was changed"

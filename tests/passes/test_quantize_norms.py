@@ -17,6 +17,7 @@ from graphopt.errors import GraphoptError
 from graphopt.kernels.quantized import QuantizedWeight, Scheme
 from graphopt.passes import QuantizeMatmul
 from graphopt.passes.quantize import tweaks
+from graphopt.passes.quantize.learned import Reconstruction
 from graphopt.passes.quantize.methods import methods
 from graphopt.passes.quantize.norms import Affine, TweakNorm
 from graphopt.passes.quantize.plan import Plan
@@ -227,6 +228,33 @@ def test_ranges_are_those_behind_changed_norms() -> None:
     ]
     assert found[0] is not None and found[1] is not None
     assert found[1].scale == pytest.approx(2 * found[0].scale)
+
+
+def test_what_is_kept_is_judged_on_other_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Watched(Reconstruction):
+        def lost(self) -> float:
+            seen.append(("judged", self.targets))
+            return super().lost()
+
+    class Learned(Distribution):
+        def learn(self) -> Any:
+            seen.append(("taught", self.targets))
+            return super().learn()
+
+    monkeypatch.setattr(tweaks, "Reconstruction", Watched)
+    monkeypatch.setattr(tweaks, "Distribution", Learned)
+    for count in (1, 5):
+        seen.clear()
+        prepared(stack(), batches(count), method="norms", steps=2)[0].run(lambda _text: None)
+        exact = [stack().layers[0](x) for x in batches(count)]
+        taught = next(targets for what, targets in seen if what == "taught")
+        judged = next(targets for what, targets in seen if what == "judged")
+        for found, wanted in ((taught, exact[::2]), (judged, exact[1::2] or exact)):
+            assert len(found) == len(wanted)
+            for (one,), other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other)
 
 
 def test_scales_that_were_folded_are_named() -> None:
