@@ -30,7 +30,9 @@ from graphopt.passes import QuantizeMatmul
 ROUNDS, BATCH, LENGTH = 21, 8, 128
 Inputs = dict[str, Tensor]
 Call = Callable[[Inputs], Tensor]
-RECIPE = ["exact", QuantizeMatmul(bits=8, activations="dynamic")]
+RECIPE = ["exact", QuantizeMatmul(bits=8, activations="dynamic", tolerance=0.06)]
+"""With a little more than the default bound of a layer, so that the one that is above it (0.053)
+is quantized too; the cosines say what all of it costs."""
 
 
 def run(data: Path | None) -> dict[str, object]:

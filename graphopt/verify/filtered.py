@@ -45,19 +45,23 @@ def _full(graph: fx.Graph) -> fx.Graph:
 def _fill(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if _given(node):
-            node.args = node.args[: _place(node)]
+            place = _place(node)
+            args = list(node.args)
+            args[place : place + 1] = [0.0] * len(args[place : place + 1])
+            node.args = tuple(args)
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != ARGUMENT}
 
 
 def _given(node: fx.Node) -> Any:
     """The argument, by name or in its place, where files put it."""
     place = _place(node)
-    return place is not None and (node.kwargs.get(ARGUMENT) or any(node.args[place:]))
+    return place >= 0 and (node.kwargs.get(ARGUMENT) or any(node.args[place : place + 1]))
 
 
-def _place(node: fx.Node) -> int | None:
-    """Of the argument, which is the last."""
-    if getattr(node.target, "namespace", "") != "graphopt":
-        return None
-    names = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
-    return len(names) - 1 if names[-1:] == [ARGUMENT] else None
+def _place(node: fx.Node) -> int:
+    """Of the argument among those of the operator; -1 where it has none."""
+    schema: Any = getattr(node.target, "_schema", None)
+    if getattr(node.target, "namespace", "") != "graphopt" or schema is None:
+        return -1
+    names = [a.name for a in schema.arguments if not a.kwarg_only]
+    return names.index(ARGUMENT) if ARGUMENT in names else -1

@@ -185,8 +185,6 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits, NaN included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if torch.equal(a, b) and not (a.is_floating_point() and bool((a == 0).any())):
-        return True
     if a.dtype.is_complex:
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     if not a.dtype.is_floating_point:
@@ -194,6 +192,10 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size())
     if ints is None:
         return torch.equal(a, b)
+    if torch.equal(a.contiguous().view(ints), b.contiguous().view(ints)):
+        return True
+    if not bool(a.isnan().any()):
+        return False
     same_nan = torch.equal(a.isnan(), b.isnan())
     return same_nan and torch.equal(
         a.nan_to_num(0.0).contiguous().view(ints), b.nan_to_num(0.0).contiguous().view(ints)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.analysis.flow import ancestors
 from graphopt.kernels.filtering import kept
 from graphopt.program import Program, is_random, val
 from graphopt.rewrite.driver import Log, Rewrite
@@ -114,6 +115,7 @@ class Replay(fx.Interpreter):
         self.differentiable = before.differentiable()
         self.fixed = _fixed(before, self.differentiable)
         self._plan(graph)
+        self.needed = ancestors(n for n in graph.nodes if n.name in self.waiting)
 
     def _plan(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
@@ -138,7 +140,9 @@ class Replay(fx.Interpreter):
         return self.verdicts
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        """Run what a rewrite reads, or depends on; nothing behind the last of them."""
+        ends = n.op in ("placeholder", "output")
+        value = super().run_node(n) if ends or n in self.needed else None
         if n.op != "output":
             self._know(n.name, value)
         for used in n.all_input_nodes:

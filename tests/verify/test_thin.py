@@ -196,5 +196,5 @@ def test_inductor_is_compared_with_the_rewritten_graph_where_the_original_does_n
     model, args = Head(HEADS["mean"]).train(), inputs()
     passes = ["Canonicalize", FuseLossHead(chunk_bytes=CLASSES * 64)]
     fast = graphopt.compile(model, example_inputs=args, passes=passes, target="inductor")
-    assert not [n for n in fast.report.notes if "Inductor" in n]
+    assert not [n for n in fast.report.notes if "torch target was kept" in n]
     torch.testing.assert_close(fast(*args), model(*args))
