@@ -18,6 +18,7 @@ from graphopt.report.text import share_text
 from graphopt.rewrite.driver import Key, Log, Rewrite, apply_rules
 from graphopt.rewrite.passes import Pass
 from graphopt.rewrite.rule import Missed, Numeric, Rule
+from graphopt.room import give_back
 from graphopt.searching import PassTrials, Tried
 from graphopt.verify.filtered import full_program
 from graphopt.verify.inputs import cached_inputs
@@ -131,6 +132,7 @@ def run_stages(program: Program, step: Pass, context: Context) -> Program:
         context.progress(stage.name)
         learned = stage.calibrated(program, context.samples, context.progress)
         program = run_pass(program, learned, context)
+        give_back()
     return program
 
 
@@ -352,6 +354,7 @@ def certify(original: Program, optimized: Program, context: Context, *, name: st
         drawn = attends and index in context.drawn
         allowed = math.inf if drawn else tolerance
         certificate, ok = _certify_once(original, optimized, inputs, allowed, name, seen)
+        give_back()
         if drawn:
             certificate = replace(certificate, notes=(*certificate.notes, DRAWN))
         context.report.whole.append(certificate)

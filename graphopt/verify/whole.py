@@ -48,7 +48,7 @@ def run_program(
     graph = without_dropout(program.graph)
     graph = widen(graph) if wide else graph
     module = fx.GraphModule(program.graph_module, graph)
-    call = lower(module) if lower else fx.Interpreter(module).run
+    call = lower(module) if lower else (_Wide(module) if wide else fx.Interpreter(module)).run
     asked = program.differentiable() if grad and not is_empty(inputs) else frozenset()
     dtypes = float64_by_default() if wide else nullcontext()
     with dtypes, torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
@@ -59,6 +59,21 @@ def run_program(
                 raise
             asked &= {node.name for node in program.state_nodes()}
             return _run(program, call, _leaves(program, inputs, asked, wide=wide))
+
+
+class _Wide(fx.Interpreter):
+    """In float64, though inputs are given as they are: each is widened where it is read.
+
+    Weights held wide all at once would take more memory than all else.
+    """
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:  # noqa: ARG002
+        def load(read: fx.Node) -> Any:
+            value = self.env[read]
+            narrow = read.op == "placeholder" and isinstance(value, Tensor)
+            return value.double() if narrow and value.is_floating_point() else value
+
+        return fx.node.map_arg(args, load)
 
 
 def _run(program: Program, call: Callable[..., Any], leaves: Mapping[str, Any]) -> Outcome:
@@ -88,8 +103,9 @@ def _leaf(value: Any, *, wide: bool, grad: bool) -> Any:
     plain = value.detach()
     if not plain.is_floating_point():
         return plain
-    plain = plain.double() if wide else plain
-    return plain.detach().clone().requires_grad_() if grad else plain
+    if not grad:
+        return plain  # see `_Wide`
+    return (plain.double() if wide else plain).detach().clone().requires_grad_()
 
 
 def _backward(

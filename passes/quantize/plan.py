@@ -27,6 +27,7 @@ from graphopt.passes.quantize.observed import Observed
 from graphopt.passes.quantize.propagation import Propagation
 from graphopt.program import Program, val
 from graphopt.rewrite import Match, Refusal
+from graphopt.room import give_back
 
 Progress = Callable[[str], None]
 
@@ -180,6 +181,7 @@ class Calibration:
         while self.observed.left and not self.blind:
             if self._next() is not None:
                 progress(f"calibrated {len(self.made)} of {len(weights)} weights")
+                give_back()
         return self.plan()
 
     def plan(self) -> Plan:
