@@ -24,6 +24,7 @@ NAMES = (
     "loss_heads_gpu",
     "quantized_minilm",
     "quantized_smollm2",
+    "smollm2_gptq",
     "static_activations",
     "quantized_quality",
     "quantized_gpu",

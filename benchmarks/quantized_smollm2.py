@@ -4,8 +4,7 @@ Every contender is a process of its own (`smollm2_worker`); they take their step
 threads. A token is timed three times after one that is not, since tokens follow one another; a
 prompt stands behind one token. Bounds: a token reads every weight once, at the rate at which two
 threads read memory here; a prompt takes the products of its matrices at the rate of int8 products.
-Peers that fail are rows that say why. With ``--data``, prompts are text, and the time and memory of
-GPTQ with 128 sequences of 512 tokens are measured last.
+Peers that fail are rows that say why. With ``--data``, prompts are text.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ ROUNDS, PROMPTS, LENGTH = 9, 4, 512
 PRODUCTS = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 """Outputs and inputs of the products of a layer, those of one input as one."""
 LAYERS, VOCABULARY = 30, 49152
-SEQUENCES = 128
 INT4 = {"bits": 4, "group_size": 64, "activations": None}
 WHOLE = {"head": True, "embeddings": True}
 
@@ -56,7 +54,6 @@ def run(data: Path | None) -> dict[str, object]:
         "bounds": _bounds(),
         **prepared,
         "contenders": found,
-        "gptq": None if data is None else _gptq(data),
     }
 
 
@@ -266,12 +263,3 @@ def _seconds(step: Any) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
-
-
-def _gptq(data: Path) -> dict[str, Any]:
-    """In a process of its own, for its memory."""
-    command = [sys.executable, "-m", "benchmarks.smollm2_gptq", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1][:300]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))

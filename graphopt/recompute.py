@@ -13,7 +13,8 @@ import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import networkx as nx
 import torch
@@ -108,9 +109,9 @@ def _copy_node(
     regions: tuple[Region, ...],
 ) -> fx.Node:
     made = into.graph.node_copy(node, copies.__getitem__)
-    if node.op == "get_attr" and regions:
+    if node.op in ("get_attr", "call_module"):
         made.target = f"_inlined_{made.name}"
-        setattr(into, made.target, getattr(module, str(node.target)))
+        setattr(into, made.target, attrgetter(str(node.target))(module))
     if regions:
         made.meta["custom"] = {**made.meta.get("custom", {}), REGIONS: regions}
     return made
@@ -141,18 +142,19 @@ def regrouped(module: fx.GraphModule, depth: int = 0) -> fx.GraphModule:
     regions = {n: r for n in graph.nodes if (r := _region_of(n, depth)) is not None}
     if not regions:
         return module
-    units = _units(graph, regions)
-    made = fx.GraphModule(module, fx.Graph())
-    copies: dict[fx.Node, fx.Node] = {}
-    for unit in units:
+    made, bodies, copies = fx.Graph(), dict[str, Any](), dict[fx.Node, fx.Node]()
+    for unit in _units(graph, regions):
         if unit[0] in regions:
-            _call(module, made, unit, regions[unit[0]], copies, depth)
+            region, name = regions[unit[0]], f"recomputed_{len(bodies)}"
+            body = _body(module, unit, region, depth)
+            bodies[name] = body.module
+            copies |= _called(made, name, body, region, copies)
         else:
-            copies[unit[0]] = made.graph.node_copy(unit[0], copies.__getitem__)
-    made.meta.update(module.meta)
-    made.graph.lint()
-    made.recompile()
-    return made
+            copies[unit[0]] = made.node_copy(unit[0], copies.__getitem__)
+    regroup = fx.GraphModule(_attributes(module) | bodies, made)
+    regroup.meta.update(module.meta)
+    regroup.graph.lint()
+    return regroup
 
 
 def _region_of(node: fx.Node, depth: int) -> Region | None:
@@ -185,37 +187,48 @@ def _units(graph: fx.Graph, regions: Mapping[fx.Node, Region]) -> list[list[fx.N
     return [units[k] for k in nx.lexicographical_topological_sort(flow)]
 
 
-def _call(
-    module: fx.GraphModule,
-    into: fx.GraphModule,
-    unit: Sequence[fx.Node],
-    region: Region,
-    copies: dict[fx.Node, fx.Node],
-    depth: int,
-) -> None:
-    """A subgraph of some nodes, and its call."""
-    inside = set(unit)
-    given = list(dict.fromkeys(a for n in unit for a in n.all_input_nodes if a not in inside))
-    read = [n for n in unit if any(u not in inside for u in n.users)]
-    body, inner = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in given:
-        inner[node] = body.placeholder(node.name)
-        inner[node].meta.update({k: v for k, v in node.meta.items() if k != REGIONS})
+class _Body(NamedTuple):
+    """Some nodes as a subgraph: what it is given, and which of its values are read elsewhere."""
+
+    module: fx.GraphModule
+    given: list[fx.Node]
+    read: list[fx.Node]
+
+
+def _body(module: fx.GraphModule, unit: Sequence[fx.Node], region: Region, depth: int) -> _Body:
+    inside, graph, copies = set(unit), fx.Graph(), dict[fx.Node, fx.Node]()
+    outer = dict.fromkeys(a for n in unit for a in n.all_input_nodes if a not in inside)
+    for node in outer:
+        held = node.op == "get_attr"
+        copies[node] = graph.node_copy(node) if held else graph.placeholder(node.name)
+        copies[node].meta.update({k: v for k, v in node.meta.items() if k != REGIONS})
     for node in unit:
-        inner[node] = body.node_copy(node, inner.__getitem__)
-    body.output(tuple(inner[n] for n in read))
-    name = f"recomputed_{len(into.graph.find_nodes(op='get_attr'))}"
-    made = regrouped(fx.GraphModule(module, body), depth + 1)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    read = [n for n in unit if any(u not in inside for u in n.users)]
+    graph.output(tuple(copies[n] for n in read))
+    made = regrouped(fx.GraphModule(_attributes(module), graph), depth + 1)
     if region.policy is not None:
         made.meta[_POLICY] = region.policy
-    setattr(into, name, made)
-    function = into.graph.get_attr(name)
-    arguments = (function, *(copies[n] for n in given))
-    call = into.graph.call_function(_CHECKPOINT, arguments, dict(region.settings))
-    call.meta["val"] = tuple(n.meta["val"] for n in read)
-    for index, node in enumerate(read):
-        copies[node] = into.graph.call_function(operator.getitem, (call, index))
-        copies[node].meta.update(node.meta)
+    return _Body(made, [n for n in outer if n.op != "get_attr"], read)
+
+
+def _called(
+    graph: fx.Graph, name: str, body: _Body, region: Region, copies: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """The call of a subgraph: for each value that is read elsewhere, what holds it."""
+    given = (graph.get_attr(name), *(copies[n] for n in body.given))
+    call = graph.call_function(_CHECKPOINT, given, dict(region.settings))
+    call.meta["val"] = tuple(n.meta["val"] for n in body.read)
+    items = {n: graph.call_function(operator.getitem, (call, i)) for i, n in enumerate(body.read)}
+    for node, item in items.items():
+        item.meta.update(node.meta)
+    return items
+
+
+def _attributes(module: fx.GraphModule) -> dict[str, Any]:
+    """What a graph reads from its module."""
+    reads = [n for op in ("get_attr", "call_module") for n in module.graph.find_nodes(op=op)]
+    return {str(n.target): attrgetter(str(n.target))(module) for n in reads}
 
 
 def runnable(module: fx.GraphModule) -> fx.GraphModule:

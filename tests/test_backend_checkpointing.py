@@ -76,6 +76,11 @@ def without_gradients_inside(m, x):
     return again(part, x)
 
 
+def constants(m, x):
+    wide = x * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    return again(lambda y: m.block(y) * torch.linspace(0, 1, 8), wide) + torch.tensor(2.0)
+
+
 def in_place_inside(m, x):
     return again(lambda y: torch.relu_(m.a(y)).add_(1), x)
 
@@ -92,7 +97,7 @@ def selective(m, x):
 
 FORMS = [
     one, layers, reentrant, nested, several_results, without_gradients_inside, in_place_inside,
-    selective,
+    selective, constants,
 ]  # fmt: skip
 
 
