@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from functools import partial
 
 import pytest
@@ -23,7 +24,7 @@ from graphopt.backend import Backend
 from graphopt.errors import CaptureError
 from graphopt.program import REGIONS
 from graphopt.recipe import Options
-from graphopt.recompute import Region, regrouped, runnable
+from graphopt.recompute import Region, inlined, regrouped, runnable, take_regions
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -287,3 +288,37 @@ def test_graphs_without_regions_stay_what_they_are():
     module = fx.symbolic_trace(nn.Linear(2, 2))
     assert regrouped(module) is module
     assert runnable(module) is module
+
+
+def holding(value):
+    root = nn.Module()
+    root.held = torch.full((3,), value)
+    return root
+
+
+def test_what_graphs_hold_goes_along():
+    inner = fx.Graph()
+    y = inner.placeholder("y")
+    inner.output((inner.call_function(torch.mul, (y, inner.get_attr("held"))),))
+    root = holding(2.0)
+    root.body = fx.GraphModule(holding(3.0), inner)
+    outer = fx.Graph()
+    x = outer.placeholder("x")
+    shifted = outer.call_function(torch.add, (x, outer.get_attr("held")))
+    call = outer.call_function(
+        torch.ops.higher_order.tag_activation_checkpoint, (outer.get_attr("body"), shifted), {}
+    )
+    outer.output((outer.call_function(operator.getitem, (call, 0)),))
+    module, given = fx.GraphModule(root, outer), torch.randn(3)
+    flat = inlined(module)
+    assert not flat.graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
+    )
+    for made in (flat, runnable(module)):
+        assert torch.equal(made(given)[0], (given + 2) * 3)
+    take_regions(flat.graph)
+    for node in flat.graph.nodes:
+        node.meta["val"] = given
+    again_grouped = regrouped(flat)
+    assert again_grouped is not flat
+    assert torch.equal(runnable(again_grouped)(given)[0], (given + 2) * 3)
