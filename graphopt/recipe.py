@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphopt.certify import certify
 from graphopt.errors import CaptureError, GraphoptError, RecipeError
-from graphopt.pipeline import Context, Judge, certify, run_passes
+from graphopt.pipeline import Context, Judge, run_passes
 from graphopt.presets import Recipe, resolve, to_recipe
 from graphopt.program import Program, val
 from graphopt.report.model import Certificate, Report

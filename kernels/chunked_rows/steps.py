@@ -79,12 +79,12 @@ def differentiated(
         cotangents: of these rows; ``None`` is one for each result.
     """
     with recording():
-        pairs = zip(tensors, asked.wanted, strict=True)
-        leaves = [t.detach().requires_grad_(w) for t, w in pairs]
+        asking = zip(tensors, asked.wanted, strict=True)
+        leaves = [t.detach().requires_grad_(w) for t, w in asking]
         results = body([*leaves])
         made = Results(*([t.detach() for t in g] for g in results))
-        pairs_ = _pairs(results, asked.differentiable, cotangents)
-        return made, _slopes(leaves, [p for p in pairs_ if p[0].requires_grad])
+        pairs = _pairs(results, asked.differentiable, cotangents)
+        return made, _slopes(leaves, [p for p in pairs if p[0].requires_grad])
 
 
 def _pairs(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from graphopt.capture import capture
-from graphopt.pipeline import Context, certify, run_pass
+from graphopt.certify import certify
+from graphopt.pipeline import Context, run_pass
 from graphopt.program import Program
 from graphopt.report.model import Report
 from graphopt.rewrite import Example, Pass, Rule

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.canonicalize.identity import Call
-from graphopt.pipeline import Context, certify, run_pass
+from graphopt.pipeline import Context, run_pass
 from graphopt.program import compute_nodes
 from graphopt.report.model import Report
 

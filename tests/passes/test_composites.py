@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.errors import VerificationError
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.composites import RecognizeComposites, attention
 from graphopt.passes.composites.attention_examples import LOWEST, case, hidden, scores
-from graphopt.pipeline import Context, certify, run_pass
+from graphopt.pipeline import Context, run_pass
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

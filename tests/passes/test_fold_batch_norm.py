@@ -9,8 +9,9 @@ from models.cnn.cifar import cifar_images, load_published, resnet20
 from torch import nn
 
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
-from graphopt.pipeline import Context, certify, run_pass, state_bytes
+from graphopt.pipeline import Context, run_pass, state_bytes
 from graphopt.program import compute_nodes
 
 LEFT = {"densenet": 4}

@@ -8,11 +8,12 @@ from generated.harness import Only, run_example
 from models.huggingface import ENTRIES
 
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.errors import VerificationError
 from graphopt.passes import stream_writers
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.pre_rms_norm import CentreStream, PreRMSNorm
-from graphopt.pipeline import Context, certify, run_pass
+from graphopt.pipeline import Context, run_pass
 from graphopt.rewrite.builder import Builder
 
 aten = torch.ops.aten

@@ -104,7 +104,7 @@ def test_a_product_with_too_large_an_error_keeps_its_weight() -> None:
 
 def test_a_whole_that_is_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each product is within its bound, and what they come to is not."""
-    monkeypatch.setattr("graphopt.pipeline._loss", lambda *_given: 1e-3)
+    monkeypatch.setattr("graphopt.certify._loss", lambda *_given: 1e-3)
     with pytest.raises(VerificationError, match="error above the bound"):
         quantized(Block(), torch.randn(3, 9, WIDTH), activations=None)
 

@@ -12,9 +12,10 @@ from test_quantize_learned import batches, stack
 from torch import Tensor
 
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.passes import QuantizeMatmul
 from graphopt.passes.canonicalize import Canonicalize
-from graphopt.pipeline import Context, certify, run_stages
+from graphopt.pipeline import Context, run_stages
 from graphopt.program import Program
 from graphopt.rewrite.driver import apply_rules
 

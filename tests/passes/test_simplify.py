@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.canonicalize.identity import Call
 from graphopt.passes.simplify import EliminateCommonSubexpressions, FoldConstants
-from graphopt.pipeline import Context, certify, run_pass, state_bytes
+from graphopt.pipeline import Context, run_pass, state_bytes
 from graphopt.program import compute_nodes
 
 aten = torch.ops.aten

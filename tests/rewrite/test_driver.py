@@ -8,8 +8,9 @@ from generated.harness import Only
 from torch import nn
 
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.errors import IllegalRewriteError, VerificationError
-from graphopt.pipeline import Context, certify, run_pass
+from graphopt.pipeline import Context, run_pass
 from graphopt.rewrite import Match, Numeric, Profit, Refusal, Rule, num, op
 from graphopt.rewrite.driver import apply_rules
 

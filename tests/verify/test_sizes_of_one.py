@@ -13,9 +13,10 @@ from torch.export import Dim
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.certify import certify
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import CaptureError, GraphoptError, VerificationError
-from graphopt.pipeline import Context, certify, run_pass
+from graphopt.pipeline import Context, run_pass
 from graphopt.program import Program
 from graphopt.rewrite import Numeric, Profit, Refusal, Rule, op
 from graphopt.signature import Assumption
