@@ -94,8 +94,9 @@ class Backend:
         module, notes = regrouped(program.graph_module), list[str]()
         runner = Runner(program, memory, runnable(module), original.forward)
         if self.options.target == "inductor":
-            notes = compile_bodies(module.graph)
-            module.recompile()
+            if self.options.measure:
+                notes = compile_bodies(module.graph)
+                module.recompile()
             inputs = runner.bind(example_inputs)
             runner.run = apart(module, lambda graph: _inductor(graph, inputs))
         return runner, notes

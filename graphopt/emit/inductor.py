@@ -52,7 +52,8 @@ def to_inductor(
     options.progress("inductor")
     dynamic = True if original.range_constraints else None
     notes = dict[str, None]()
-    compile_graph = partial(apart, lower=partial(_compiled, dynamic=dynamic, notes=notes))
+    by_inductor = partial(_compiled, dynamic=dynamic, notes=notes, measure=options.measure)
+    compile_graph = partial(apart, lower=by_inductor)
     module._graph.code, module._graph.fast = compile_graph(plain), None
     graph = (executed or module.program).graph
     apart_from_it = any(map(is_random, graph.nodes)) or is_filtered(graph)
@@ -69,11 +70,16 @@ def to_inductor(
 
 
 def _compiled(
-    graph_module: fx.GraphModule, dynamic: bool | None, notes: dict[str, None]
+    graph_module: fx.GraphModule,
+    dynamic: bool | None,
+    notes: dict[str, None],
+    *,
+    measure: bool,
 ) -> Callable[..., Any]:
     made = spelled(graph_module)
-    notes |= dict.fromkeys(compile_bodies(made.graph))
-    made.recompile()
+    if measure:
+        notes |= dict.fromkeys(compile_bodies(made.graph))
+        made.recompile()
     return torch.compile(made, dynamic=dynamic, fullgraph=True, options=OPTIONS)
 
 

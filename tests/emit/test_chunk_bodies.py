@@ -110,3 +110,19 @@ def test_a_compiled_step_trains_as_the_model(measured, ahead):
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
     assert any("runs by Inductor's code: 4x as fast" in n for r in reports for n in r.notes)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_nothing_is_measured_where_that_is_not_wanted(measured, ahead):
+    measured(1.0, 0.25)
+    model, args = Distilled(), given()
+    options = {"passes": "exact", "target": "inductor", "measure": False}
+    if ahead:
+        reports = [graphopt.compile(model, example_inputs=args, **options).report]
+    else:
+        backend = Backend(Options(**options, strict=True))
+        torch.compile(model, backend=backend)(*args)
+        reports = backend.reports
+    assert reports
+    assert not any("Inductor's code" in note for r in reports for note in r.notes)
