@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from graphopt.capture_errors import first_line
 from graphopt.kernels.chunked_rows import chunked_rows
+from graphopt.kernels.chunked_rows.operands import Operands, may_name_classes
 from graphopt.kernels.chunked_rows.pieces import PIECE
 from graphopt.program import val
 from graphopt.rewrite import arguments
@@ -30,13 +31,19 @@ _known: dict[Any, tuple[float, float]] = {}
 
 
 def compile_bodies(graph: fx.Graph) -> list[str]:
-    """Mark the calls whose bodies run faster by Inductor's code, in place; says by how much."""
+    """Mark the calls whose bodies run faster by Inductor's code, in place; says by how much.
+
+    On a CPU those that are given integers stay as they are, see `may_name_classes`.
+    """
     notes = []
     for node in graph.find_nodes(op="call_function", target=chunked_rows):
         line = source_line(node)
         at = f"the body of `{node.name}`{f' ({line})' if line else ''}"
+        given = arguments(node)
+        if may_name_classes(Operands(*([val(n) for n in given[name]] for name in _TENSORS))):
+            continue
         try:
-            plain, code = _paces(arguments(node))
+            plain, code = _paces(given)
         except Exception as error:  # Inductor, and the compiler behind it, have kinds of their own
             notes.append(f"{at} runs by operators: code cannot be made ({first_line(error)})")
             continue

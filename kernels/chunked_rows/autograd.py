@@ -12,11 +12,10 @@ from torch.autograd import forward_ad
 from graphopt.kernels.chunked_rows.body import read
 from graphopt.kernels.chunked_rows.chunks import evaluate
 from graphopt.kernels.chunked_rows.dispatch import evaluated
-from graphopt.kernels.chunked_rows.operands import Operands, check, grouped
+from graphopt.kernels.chunked_rows.operands import Operands, autocast_of, check, grouped
 from graphopt.kernels.chunked_rows.operator import (
     Settings,
     Tensors,
-    autocast_of,
     casting,
     chunked_rows,
     library,

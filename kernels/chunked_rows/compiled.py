@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from graphopt.kernels.chunked_rows.body import Body, Results, read
+from graphopt.kernels.chunked_rows.operands import autocast_of
 from graphopt.kernels.chunked_rows.steps import (
     Asked,
     Cotangents,
@@ -86,7 +87,7 @@ class Compiled:
 
         code = self._code((asked, cotangents is None), step, [*tensors, *given], slopes_of)
         found = code.run(*tensors, *given)
-        results = Results([], [], []) if given else self._grouped(found)
+        results = self._grouped(found) if cotangents is None else Results([], [], [])
         others = iter(found[sum(map(len, results)) :])
         return results, [
             *tensors[: self.matrices],
@@ -103,7 +104,7 @@ class Compiled:
     ) -> _Code:
         """Made at the first call for tensors alike but for the number of rows."""
         count = tensors[0].shape[0]
-        key = (kind, min(count, 2), *(_kind(t, count) for t in tensors))
+        key = (kind, autocast_of(tensors[0]), min(count, 2), *(_kind(t, count) for t in tensors))
         if key not in self._made:
             self._made[key] = _Code(_compiled(step, tensors), tuple(slopes))
         return self._made[key]

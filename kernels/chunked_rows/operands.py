@@ -113,6 +113,22 @@ def _differ(one: Any, other: Any) -> bool:
     return isinstance(one, int) and isinstance(other, int) and one != other
 
 
+def autocast_of(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region that is open for a tensor's device."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def may_name_classes(operands: Operands[Tensor]) -> bool:
+    """Whether some tensor on a CPU holds integers, which may be no class.
+
+    Operators raise an error there. Inductor's code checks indices too, but an error on one of its
+    threads ends the process.
+    """
+    given = (t for t in (*operands.rows, *operands.whole) if t.device.type == "cpu")
+    return any(not t.is_floating_point() and t.dtype != torch.bool for t in given)
+
+
 def part(operands: Operands[Tensor], span: slice) -> Operands[Tensor]:
     """Some rows of hidden, and what belongs to them."""
     inner = of_body(span, operands.groups)

@@ -6,7 +6,8 @@ results and then a gradient for each operand that is ``wanted``, for a cotangent
 ``chunked_rows_backward`` gives the gradients for ``cotangents`` of the differentiable results, of
 which those of columns are given again as ``totals``. With a ``filter_threshold`` above zero
 gradients are approximate, see `thinning`. With
-``compiled`` the body runs by code of Inductor, see `compiled`.
+``compiled`` the body runs by code of Inductor, see `compiled`; on a CPU not where it is given
+integers, see `operands.may_name_classes`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from graphopt.kernels.chunked_rows.chunks import Loop
 from graphopt.kernels.chunked_rows.columns import none_added
 from graphopt.kernels.chunked_rows.compiled import compiled as compiled_pieces
 from graphopt.kernels.chunked_rows.dispatch import evaluated
-from graphopt.kernels.chunked_rows.operands import Operands, cast, check, few, grouped, products
+from graphopt.kernels.chunked_rows.operands import (
+    Operands,
+    cast,
+    check,
+    few,
+    grouped,
+    may_name_classes,
+    products,
+)
 from graphopt.kernels.chunked_rows.steps import Cotangents, recording
 
 Tensors = Sequence[Tensor]
@@ -54,16 +63,12 @@ def casting(tensors: Tensors, dtype: torch.dtype | None) -> AbstractContextManag
     return nullcontext() if dtype is None else torch.autocast(tensors[0].device.type, dtype)
 
 
-def autocast_of(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of the autocast region that is open for a tensor's device."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _loop(operands: Operands[Tensor], settings: Settings) -> Loop:
     body, chunk_bytes, differentiable, autocast, threshold, by_inductor = settings
     check(operands, read(body), chunk_bytes, len(differentiable), threshold)
-    pieces = compiled_pieces(body, len(operands.hidden)) if by_inductor else None
+    pieces = None
+    if by_inductor and not may_name_classes(operands):
+        pieces = compiled_pieces(body, len(operands.hidden))
     return Loop(read(body), operands, chunk_bytes, autocast, threshold, pieces)
 
 

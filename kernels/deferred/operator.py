@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from graphopt.kernels.chunked_rows.body import read
-from graphopt.kernels.chunked_rows.operands import Operands, check, grouped
-from graphopt.kernels.chunked_rows.operator import autocast_of, library
+from graphopt.kernels.chunked_rows.operands import Operands, autocast_of, check, grouped
+from graphopt.kernels.chunked_rows.operator import library
 from graphopt.kernels.deferred.dense import dense, kind_of, like
 from graphopt.kernels.deferred.origin import Product
 from graphopt.kernels.deferred.tensor import DeferredTensor
