@@ -126,3 +126,17 @@ def test_nothing_is_measured_where_that_is_not_wanted(measured, ahead):
         reports = backend.reports
     assert reports
     assert not any("Inductor's code" in note for r in reports for note in r.notes)
+
+
+def test_losses_of_labels_keep_operators(measured):
+    measured(1.0, 0.25)
+
+    class Labelled(Distilled):
+        def forward(self, hidden, labels):
+            return torch.nn.functional.cross_entropy(self.student(hidden), labels)
+
+    args = torch.randn(96, WIDTH), torch.randint(CLASSES, (96,))
+    fast = graphopt.compile(Labelled(), example_inputs=args, passes="exact", measure=False)
+    graph = fast.program.copy().graph
+    assert chunk_bodies.compile_bodies(graph) == []
+    assert not marked(graph)
