@@ -4,13 +4,15 @@ Every contender is a process of its own (`smollm2_worker`); they take their step
 threads. A token is timed three times after one that is not, since tokens follow one another; a
 prompt stands behind one token. Bounds: a token reads every weight once, at the rate at which two
 threads read memory here; a prompt takes the products of its matrices at the rate of int8 products.
-Peers that fail are rows that say why. With ``--data``, prompts are text.
+Contenders that fail, or take longer than ``PATIENCE`` to load or to compile, are rows that say so.
+With ``--data``, prompts are text; ``SMOLLM2_CONTENDERS=WORD`` takes those whose names have a word.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,8 @@ from graphopt.emit.onnx_translate import quiet
 from graphopt.passes import QuantizeMatmul
 
 ROUNDS, PROMPTS, LENGTH = 9, 4, 512
+PATIENCE = 420.0
+"""Seconds that a contender may take to load, and again for its first steps."""
 PRODUCTS = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 """Outputs and inputs of the products of a layer, those of one input as one."""
 LAYERS, VOCABULARY = 30, 49152
@@ -162,14 +166,21 @@ class Process:
 
     def __init__(self, name: str, folder: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.smollm2_worker", name, str(folder)]
-        quiet_errors = subprocess.DEVNULL
         self.pipe = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet_errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # no pool that stays resident
         )
         self.loaded = self._answer()
 
     def _answer(self) -> Any:
         assert self.pipe.stdout is not None
+        if not select.select([self.pipe.stdout], [], [], PATIENCE)[0]:
+            self.end()
+            return {"error": f"no answer within {PATIENCE:.0f} s"}
         line = self.pipe.stdout.readline()
         return json.loads(line) if line else {"error": "the process ended"}
 

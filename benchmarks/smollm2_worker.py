@@ -102,13 +102,13 @@ def _quantize_dynamic(folder: Path) -> Contender:
 
 def _torchao(folder: Path, name: str, dtype: torch.dtype, *, compiled: bool = False) -> Contender:
     from torchao import quantization
+    from torchao.prototype.quantization import int4
 
     configs = {
         "int8 dynamic": lambda: quantization.Int8DynamicActivationInt8WeightConfig(),
         "int8 weight-only": lambda: quantization.Int8WeightOnlyConfig(),
-        "int4 weight-only": lambda: quantization.Int4WeightOnlyConfig(
-            group_size=64, int4_packing_format="opaque"
-        ),
+        "int4 weight-only": lambda: int4.PrototypeInt4WeightOnlyConfig(group_size=64),
+        "int4, int8 dynamic": lambda: int4.Int8DynamicActivationInt4WeightConfig(group_size=64),
     }
     model = _float(folder, dtype)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())

@@ -1,13 +1,14 @@
-"""The script that benchmarks quantized products on a GPU runs, as far as a CPU can."""
+"""The scripts that benchmark quantized products run, as far as a CPU without data can."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import quantized_gpu
+from benchmarks import quantized_gpu, quantized_smollm2
 from benchmarks.quantized_gpu import FOUR, LAYERS, SETUPS, Setup, measured
 from benchmarks.quantized_peers import Format, nearest
 from graphopt.kernels.quantized import Scheme
@@ -73,3 +74,19 @@ def test_rounding_that_methods_are_compared_with() -> None:
     assert off.max() < 1  # the largest may be clipped: codes go to -8, and to 7 only
     assert 0.2 < off.mean() < 0.3
     assert torch.equal(model["lm_head"].weight, head)
+
+
+def test_a_contender_that_fails_says_why(tmp_path: Path) -> None:
+    process = quantized_smollm2.Process("ONNX Runtime float32", tmp_path)
+    process.end()
+    assert "inputs.pt" in process.loaded["error"] or "plain.onnx" in process.loaded["error"]
+
+
+def test_a_contender_that_takes_too_long_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_smollm2, "PATIENCE", 0.01)
+    process = quantized_smollm2.Process("eager float32", tmp_path)
+    assert "no answer within" in process.loaded["error"]
+    assert process.pipe.poll() is not None
+    assert process.ask("decode") == {"error": "the process ended"}

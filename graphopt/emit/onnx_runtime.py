@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.emit.onnx_quantized.calls import quantized_nodes, unrounded
+from graphopt.emit.onnx_quantized.calls import quantized_nodes
 from graphopt.errors import MissingDependencyError, VerificationError
 from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
@@ -18,6 +18,7 @@ from graphopt.signature import OutputKind
 from graphopt.verify.inputs import sizes_of_one
 from graphopt.verify.measure import Measure, compare, worst
 from graphopt.verify.trials import fresh_or_refused, rounded_runs, unseen_or_refused
+from graphopt.verify.unrounded import unrounded
 from graphopt.verify.whole import run_program
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -78,6 +78,7 @@ def hold(
     tolerance: float = 0.0,
     *,
     lower: Lower | None = None,
+    reference: Program | None = None,
     seen: Callable[[Outcome, Outcome], None] | None = None,
 ) -> tuple[Measure, Measure | None]:
     """Measures of outputs and, where the model trains, of gradients.
@@ -88,11 +89,12 @@ def hold(
     Args:
         tolerance: for lossy programs, the largest relative RMS error.
         lower: makes the optimized graph executable, where the interpreter is not to run it.
+        reference: what in float64 both are held to, where it is not the original itself.
         seen: is shown what the optimized program gave, and the original in float64.
     """
     grad = not original.frozen
     old = run_program(original, inputs, wide=False, grad=grad)
-    exact = run_program(original, inputs, wide=True, grad=grad)
+    exact = run_program(reference or original, inputs, wide=True, grad=grad)
     new = run_program(optimized, inputs, wide=False, grad=grad, lower=lower)
     found = compare_outcomes(old, new, exact, numeric, tolerance)
     if seen is not None:

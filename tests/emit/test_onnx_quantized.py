@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.emit import onnx_runtime
-from graphopt.emit.onnx_quantized import calls_of, lower, nbits, unrounded
+from graphopt.emit.onnx_quantized import calls_of, lower, nbits
 from graphopt.emit.onnx_quantized.alone import difference
 from graphopt.errors import ExportError
 from graphopt.kernels.quantized import QuantizedWeight, Scheme, embedding, linear, quantize
 from graphopt.passes import QuantizeMatmul
+from graphopt.verify.unrounded import unrounded
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -22,7 +22,6 @@ from graphopt.emit.onnx_quantized.calls import (
     Call,
     calls_of,
     quantized_nodes,
-    unrounded,
     with_slots,
 )
 from graphopt.emit.onnx_quantized.choosing import Choice, choose
@@ -40,7 +39,6 @@ __all__ = [
     "lower_merged",
     "quantized_nodes",
     "translations",
-    "unrounded",
 ]
 
 OPSET = 20

@@ -123,16 +123,6 @@ def _tensor(program: Program, node: fx.Node) -> Tensor:
     return program.tensor(node).detach().cpu()
 
 
-def unrounded(program: Program) -> Program:
-    """A copy that computes on the same weights with activations as they are."""
-    twin = program.copy()
-    for node in quantized_nodes(twin):
-        if node.target is PRODUCT:
-            given = {**arguments(node), "activations": "none", "input_scale": None}
-            node.args, node.kwargs = tuple(given.values()), {}
-    return twin.recompile()
-
-
 def with_slots(program: Program) -> Program:
     """A copy with slots for quantized operators, numbered as `quantized_nodes` has them.
 
