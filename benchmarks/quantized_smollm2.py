@@ -41,6 +41,8 @@ PRODUCTS = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 LAYERS, VOCABULARY = 30, 49152
 INT4 = {"bits": 4, "group_size": 64, "activations": None}
 WHOLE = {"head": True, "embeddings": True}
+"""In int8 with a tolerance at which the five products of activations with spikes (relative error
+0.05 to 0.1) are quantized too, as peers do; the cosines say what it costs."""
 
 
 def run(data: Path | None) -> dict[str, object]:
@@ -113,7 +115,7 @@ def _own(model: nn.Module, inputs: dict[str, Any], folder: Path, seconds: dict[s
 
     half = copy.deepcopy(model).bfloat16()
     kinds = {
-        "int8": (model, {"head": True}, True),
+        "int8": (model, {"tolerance": 0.11, **WHOLE}, True),
         "int4": (model, {**INT4, **WHOLE}, True),
         "int4-half": (half, {**INT4, **WHOLE}, False),
         "int8-weights": (half, {"activations": None, **WHOLE}, False),

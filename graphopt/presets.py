@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def resolve(recipe: Recipe) -> list[Pass]:
             something that is no recipe at all.
     """
     if isinstance(recipe, str) and recipe in PRESETS:
-        return [_preset_pass(spelled, recipe) for spelled in PRESETS[recipe]]
+        steps = [_preset_pass(spelled, recipe) for spelled in PRESETS[recipe]]
+        return _deferred(steps, {step.name for step in steps})
     if isinstance(recipe, str | Path):
         return _from_file(recipe)
     if isinstance(recipe, Pass):
@@ -112,7 +113,18 @@ def _steps(items: Any, where: str) -> list[Pass]:
             steps = [step if old.name == step.name else old for old in steps]
         else:
             steps.append(step)
-    return steps
+    return _deferred(steps, preset)
+
+
+def _deferred(steps: Sequence[Pass], preset: Collection[str]) -> list[Pass]:
+    """Passes of a preset stand behind the last one that defers them; those spelled out stay."""
+
+    def place(index: int) -> tuple[int, int]:
+        name = steps[index].name
+        later = [i for i in range(index, len(steps)) if name in steps[i].defers()]
+        return (later[-1], 1) if later and name in preset else (index, 0)
+
+    return [steps[index] for index in sorted(range(len(steps)), key=place)]
 
 
 def _step(item: Any, where: str) -> Pass:

@@ -37,6 +37,22 @@ def test_one_pass_in_every_spelling(recipe: Any) -> None:
     assert compiled(passes=recipe).report.verified
 
 
+def _order(recipe: Any, *names: str) -> list[str]:
+    return [step.name for step in resolve(recipe) if step.name in names]
+
+
+def test_scales_of_norms_stay_where_they_are_until_weights_are_quantized() -> None:
+    pair = ("FoldNormAffine", "QuantizeMatmul")
+    behind = [*reversed(pair)]
+    assert _order("balanced", *pair) == behind
+    assert _order(["exact", "QuantizeMatmul"], *pair) == behind
+    assert _order(["balanced", "QuantizeMatmul:skip=[a]"], *pair) == behind
+    assert _order(["exact", "QuantizeMatmul:bits=4,activations=null"], *pair) == behind
+    assert _order([*pair], *pair) == [*pair], "what is spelled out stays in its place"
+    others = [step.name for step in resolve("exact") if step.name != "FoldNormAffine"]
+    assert _order("balanced", *others) == others
+
+
 @pytest.mark.parametrize(
     ("recipe", "hint"),
     [

@@ -131,6 +131,10 @@ class Pass:
         """
         return self
 
+    def defers(self) -> frozenset[str]:
+        """Names of passes that a preset had better apply behind this one."""
+        return frozenset()
+
     @property
     def searches(self) -> bool:
         """Whether options are left to be chosen on a program: see `settled`."""

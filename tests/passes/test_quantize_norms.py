@@ -269,14 +269,15 @@ def test_scales_that_were_folded_are_named() -> None:
     assert sum("folded into the layers" in reason for reason in reasons) == 2
 
 
-def test_preset_exact_goes_behind_it() -> None:
-    """Other than in front of it, where it would fold the scales away."""
+@pytest.mark.parametrize("first", [True, False])
+def test_preset_exact_goes_behind_it(first: bool) -> None:
+    """As far as it would fold the scales away, also where it stands in front."""
     step = QuantizeMatmul(activations=None, method="rtn+norms", steps=20, **THREE)
     fast = graphopt.compile(
         stack(),
         example_inputs=(batches(1)[0],),
         calibration=batches(2),
-        passes=["Canonicalize", step, "exact"],
+        passes=["exact", step] if first else ["Canonicalize", step, "exact"],
         measure=False,
     )
     assert fast.report.verified
