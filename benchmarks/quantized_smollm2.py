@@ -34,7 +34,7 @@ from graphopt.emit.onnx_translate import quiet
 from graphopt.passes import QuantizeMatmul
 
 ROUNDS, PROMPTS, LENGTH = 9, 4, 512
-PATIENCE = 420.0
+PATIENCE = 600.0
 """Seconds that a contender may take to load, and again for its first steps."""
 PRODUCTS = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 """Outputs and inputs of the products of a layer, those of one input as one."""

@@ -167,6 +167,9 @@ CONTENDERS: dict[str, Callable[[Path], Contender]] = {
     "torchao int4 weight-only, torch.compile": partial(
         _torchao, name="int4 weight-only", dtype=BF16, compiled=True
     ),
+    "torchao int4, int8 dynamic, torch.compile": partial(
+        _torchao, name="int4, int8 dynamic", dtype=BF16, compiled=True
+    ),
     "ONNX Runtime float32": partial(_runtime, name="plain"),
     "ONNX Runtime dynamic int8": partial(_runtime, name="plain-int8"),
     "ONNX Runtime MatMulNBits 4": partial(_runtime, name="plain-int4"),
