@@ -1,7 +1,8 @@
 """Activations that operators round to eight bits: the same program with them as they are.
 
-A number that lies between two codes may take either, so a program that rounds activations magnifies
-the least difference before it. Where it is held to itself, what it loses by rounding is the measure.
+A number that lies between two codes may take either, so a program that rounds activations
+magnifies the least difference before it. Where it is held to itself, what it loses by rounding is
+the measure.
 """
 
 from __future__ import annotations
