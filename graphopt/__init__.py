@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphopt.emit.checkpoint import export_huggingface
     from graphopt.emit.onnx import export_onnx
     from graphopt.errors import GraphoptError
+    from graphopt.onnx_files.optimize import optimize_onnx
     from graphopt.optimize import compile, explain
     from graphopt.registered import register_backend
     from graphopt.report.model import Report
@@ -28,6 +29,7 @@ _HOMES = {
     "export_huggingface": "graphopt.emit.checkpoint",
     "export_onnx": "graphopt.emit.onnx",
     "load": "graphopt.artifact",
+    "optimize_onnx": "graphopt.onnx_files.optimize",
     "register_backend": "graphopt.registered",
     "save": "graphopt.artifact",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "export_huggingface",
     "export_onnx",
     "load",
+    "optimize_onnx",
     "register_backend",
     "save",
 ]

@@ -126,14 +126,14 @@ def from_spec(text: str, model: nn.Module | None = None) -> Inputs:
     return draw_inputs(parse_spec(text), _vocabulary(model))
 
 
-def draw_inputs(specs: Sequence[TensorSpec], vocabulary: int = 2) -> Inputs:
+def draw_inputs(specs: Sequence[TensorSpec], vocabulary: int = 2, seed: int = SEED) -> Inputs:
     """Random tensors as described; integers stay below ``vocabulary``, the same on every call.
 
     Raises:
         GraphoptError: they would take more memory than this machine has.
     """
     _check_memory(specs)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     kwargs = {s.name: _draw(s, generator, vocabulary) for s in specs}
     return Inputs(kwargs, {s.name: s.axes for s in specs if s.axes})
 

@@ -40,22 +40,35 @@ def onnx_runner(
 
     def run(values: Mapping[str, Any]) -> list[Any]:
         for entry in declared:
-            _check(entry, values, path, [d.name for d in declared])
+            check_value(entry, values, path, [d.name for d in declared])
         feed = {d.name: values[d.name].detach().numpy() for d in declared}
         found = session.run(None, feed, quiet)
         return [torch.from_numpy(a) for a in found]
 
-    return run, lambda: draw_inputs([_spec(entry, path) for entry in declared])
+    return run, lambda: draw_inputs([spec_of(entry, path) for entry in declared])
 
 
-def _check(entry: Any, values: Mapping[str, Any], path: Path, wanted: list[str]) -> None:
-    """The input must be there, of the declared type, and of every size that has a number."""
+def check_value(
+    entry: Any,
+    values: Mapping[str, Any],
+    path: Path,
+    wanted: list[str],
+    *,
+    where: str = "--inputs",
+) -> None:
+    """The input must be there, of the declared type, and of every size that has a number.
+
+    Args:
+        entry: what ONNX Runtime says of an input.
+        wanted: names of all inputs.
+        where: the option that they come from.
+    """
     value = values.get(entry.name)
     if not isinstance(value, Tensor):
         raise GraphoptError(
             f"{path.name} needs the input {entry.name!r}",
             where=str(path),
-            fix=f"name its inputs in --inputs: {', '.join(wanted)}",
+            fix=f"name its inputs in {where}: {', '.join(wanted)}",
         )
     sizes = entry.shape
     fits = len(sizes) == value.dim() and all(
@@ -68,7 +81,7 @@ def _check(entry: Any, values: Mapping[str, Any], path: Path, wanted: list[str])
         raise GraphoptError(
             f"{path.name} takes {entry.name!r} as {shown}{_sizes(sizes)}, "
             f"but {dtype}{list(value.shape)} was given",
-            where="--inputs",
+            where=where,
             fix=f"write {entry.name}:{shown}{_sizes(sizes)}",
         )
 
@@ -79,7 +92,12 @@ def _sizes(sizes: list[Any]) -> str:
     return f"[{','.join(map(str, known))}]"
 
 
-def _spec(entry: Any, path: Path) -> TensorSpec:
+def spec_of(entry: Any, path: Path) -> TensorSpec:
+    """What to draw for an input, by what ONNX Runtime says of it.
+
+    Raises:
+        GraphoptError: no values can be drawn for its type.
+    """
     if entry.type not in _DTYPES:
         raise GraphoptError(
             f"cannot draw values for the input {entry.name!r} of type {entry.type}",

@@ -76,6 +76,15 @@ def _preset_pass(spelled: str, preset: str) -> Pass:
 
 
 def _from_file(recipe: str | Path) -> list[Pass]:
+    return _steps(recipe_items(recipe), str(recipe))
+
+
+def recipe_items(recipe: str | Path) -> Any:
+    """What a recipe file lists as its passes; nothing where it has none.
+
+    Raises:
+        RecipeError: there is no such file or preset, or it is not a mapping with that key.
+    """
     from graphopt.loading import check_keys, safe_yaml
 
     path = Path(recipe)
@@ -89,7 +98,7 @@ def _from_file(recipe: str | Path) -> list[Pass]:
         raise RecipeError("a recipe is a mapping with the key 'passes'", where=str(path))
     check_keys(data, ("passes", "name", "notes"), where=str(path))
     given = data.get("passes")
-    return [] if given is None else _steps(given, str(path))
+    return [] if given is None else given
 
 
 def _steps(items: Any, where: str) -> list[Pass]:

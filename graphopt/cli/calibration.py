@@ -29,7 +29,7 @@ def calibration_of(path: str | None, subject: Subject) -> list[dict[str, Any]] |
     example = subject.inputs.kwargs or _captured(subject)
     if Path(path).suffix.lower() == ".txt":
         return _text(path, subject)
-    return list(_batches(from_file(path).kwargs, example))
+    return list(batches(from_file(path).kwargs, example))
 
 
 def _captured(subject: Subject) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def _captured(subject: Subject) -> dict[str, Any]:
     return {node.name: value for node, value in named}
 
 
-def _batches(given: Mapping[str, Any], example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def batches(given: Mapping[str, Any], example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Tensors that hold several batches of the example's size along axis 0, taken apart."""
     rows = _rows(given)
     size = _rows({k: v for k, v in example.items() if k in given})

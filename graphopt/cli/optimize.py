@@ -11,6 +11,7 @@ import click
 
 from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
+from graphopt.cli.onnx_file import is_onnx, optimize_file, refuse_options
 from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.outputs import check_outputs, stem_of
 from graphopt.cli.subject import load_subject, options_from
@@ -32,7 +33,7 @@ WRITABLE = (".pt2", ".onnx", ".html", ".json", ".yaml")
     multiple=True,
     type=click.Path(dir_okay=False),
     help="Where to write; the ending decides what: .pt2 (module), .onnx, .html or .json (report), "
-    ".yaml (recipe). May be repeated. Default: NAME.optimized.pt2.",
+    ".yaml (recipe). May be repeated. Default: NAME.optimized.pt2, or .onnx for an ONNX file.",
 )
 @click.option(
     "--target", type=click.Choice(["torch", "inductor"]), default="torch", show_default=True
@@ -55,8 +56,25 @@ def command(
 ) -> None:
     """Rewrite MODEL, verify the result, write it and report.
 
-    MODEL is a state dict (with --arch), TorchScript, a .pt2, or a Hugging Face folder.
+    MODEL is a state dict (with --arch), TorchScript, a .pt2, or a Hugging Face folder. An ONNX file
+    is rewritten as it is, and gives an ONNX file.
     """
+    if is_onnx(model):
+        meaningless = {"arch": arch, "trust_pickle": trust_pickle, "train": train}
+        refuse_options(model, "optimize", **meaningless, dequantize=dequantize)
+        refuse_options(model, "optimize", **{"target inductor": target == "inductor"})
+        optimize_file(
+            model,
+            outputs,
+            inputs=inputs,
+            recipe=recipe,
+            passes=passes,
+            calibration=calibration,
+            strict=strict,
+            measure=measure,
+            as_json=as_json,
+        )
+        return
     from graphopt.optimize import optimize_program
 
     with progress("optimize", quiet=as_json) as step:

@@ -67,7 +67,8 @@ def load_subject(
         raise LoadError(
             "an ONNX file cannot be captured",
             where=model,
-            fix="give the PyTorch model it came from",
+            fix="give the PyTorch model it came from; `graphopt optimize` rewrites ONNX files as "
+            "they are",
         )
     if loaded.exported is not None:
         given = Inputs({}) if inputs is None else given_inputs(inputs)
