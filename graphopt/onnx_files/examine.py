@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,26 +21,24 @@ from graphopt.onnx_files.values import Feed, as_tensor, flat, run, same
 from graphopt.onnx_files.wide import widened
 from graphopt.report.model import Certificate
 from graphopt.rewrite.rule import Numeric
-from graphopt.verify.measure import Measure, compare, worst
+from graphopt.verify.measure import EXACT, Measure, compare, worst
 
 FAR = 0.1
 """Relative error of the original beside float64 from which on that is no run of the same model."""
 _FAILED = Measure(math.inf, math.inf, 0.0, 0.0, False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Wanted:
     """What the original gives on one set of inputs.
 
     Attributes:
-        exact: the same in float64; None where that cannot be had.
         loose: outputs that differ from run to run.
     """
 
     what: str
     feed: Feed
     outputs: list[Any]
-    exact: list[Any] | None
     loose: frozenset[int] = frozenset()
 
 
@@ -48,6 +47,8 @@ class Examiner:
 
     Attributes:
         notes: what could not be compared, and why.
+        lacking: why some outputs that differ have no float64 run to hold them to; empty where none
+            were asked for, or they have one.
     """
 
     def __init__(self, model: Any, feeds: Feeds, *, external: bool = False) -> None:
@@ -59,21 +60,11 @@ class Examiner:
         """
         self.model, self.feeds, self.external = model, feeds, external
         self.notes: list[str] = []
+        self.lacking = ""
         self.session = session_of(model, external=external)
         self.names = [entry.name for entry in self.session.get_outputs()]
-        self._wide, lacking = widened(model)
-        self._lacking = [lacking] if lacking else []
+        self._exact: dict[int, list[Any] | None] = {}
         self.wanted = [self._first(), *self._others()]
-
-    @property
-    def in_float64(self) -> bool:
-        """Whether outputs are compared with a float64 run, on the first inputs at least."""
-        return self.wanted[0].exact is not None
-
-    @property
-    def lacking(self) -> str:
-        """Why there is no float64 run, in words; empty where there is one."""
-        return "" if self.in_float64 or not self._lacking else self._lacking[0]
 
     def examine(self, model: Any, allowed: float = 0.0) -> Measure:
         """The worst measure over all outputs and inputs.
@@ -98,9 +89,7 @@ class Examiner:
 
     def certificate(self, found: Measure, *, rule: str, version: int, numeric: str) -> Certificate:
         """Proof for one rewrite, or for the whole file."""
-        notes = [f"float64: {self.lacking}"] if self.lacking else []
-        if not self.in_float64:
-            notes.insert(0, _NO_FLOAT64)
+        notes = (_NO_FLOAT64, f"float64: {self.lacking}") if self.lacking and found.bound else ()
         return Certificate(
             rule=rule,
             version=version,
@@ -113,7 +102,7 @@ class Examiner:
             original_error=found.original,
             bound=found.bound,
             runs=len(self.wanted),
-            notes=tuple(notes),
+            notes=notes,
         )
 
     @cached_property
@@ -139,7 +128,7 @@ class Examiner:
                 f"ONNX Runtime does not run the original: {_line(error)}",
                 fix="give inputs that it takes: --inputs 'NAME:DTYPE[DIM,...]', or a file",
             ) from error
-        return self._with_exact("the first inputs", self.feeds.first, outputs)
+        return self._kept("the first inputs", self.feeds.first, outputs)
 
     def _others(self) -> list[Wanted]:
         found = []
@@ -149,21 +138,36 @@ class Examiner:
             except Exception as error:
                 self.notes.append(f"{what} were not tried, the original refuses: {_line(error)}")
                 continue
-            found.append(self._with_exact(what, feed, outputs))
+            found.append(self._kept(what, feed, outputs))
         return found
 
-    def _with_exact(self, what: str, feed: Feed, outputs: list[Any]) -> Wanted:
-        loose = self._loose(feed, outputs)
-        exact = None
-        if self._wide is not None and not loose:
-            try:
-                exact = self._wide(feed)
-            except Exception as error:
-                self._lacking.append(_line(error))
-            if exact is not None and not _near(outputs, exact):
-                self._lacking.append("a run in float64 does not give what the original gives")
-                exact = None
-        return Wanted(what, feed, outputs, exact, loose)
+    def _kept(self, what: str, feed: Feed, outputs: list[Any]) -> Wanted:
+        return Wanted(what, feed, outputs, self._loose(feed, outputs))
+
+    def _in_float64(self, wanted: Wanted) -> list[Any] | None:
+        """What the original gives in float64; None where that cannot be had."""
+        if id(wanted) not in self._exact:
+            self._exact[id(wanted)] = self._widened(wanted)
+        return self._exact[id(wanted)]
+
+    def _widened(self, wanted: Wanted) -> list[Any] | None:
+        runs, lacking = self._wide
+        if runs is None:
+            self.lacking = lacking
+            return None
+        try:
+            exact = runs(wanted.feed)
+        except Exception as error:  # a runtime in C++, or onnx's reference implementation
+            self.lacking = _line(error)
+            return None
+        if not _near(wanted.outputs, exact):
+            self.lacking = "a run in float64 does not give what the original gives"
+            return None
+        return exact
+
+    @cached_property
+    def _wide(self) -> tuple[Callable[[Feed], list[Any]] | None, str]:
+        return widened(self.model)
 
     def _loose(self, feed: Feed, outputs: list[Any]) -> frozenset[int]:
         """Outputs that a second session gives other values for."""
@@ -180,15 +184,17 @@ class Examiner:
     def _measured(self, wanted: Wanted, index: int, value: Any, allowed: float) -> Measure:
         old = flat(wanted.outputs[index], self.names[index])
         new = flat(value, self.names[index])
-        exact = None if wanted.exact is None else flat(wanted.exact[index])
         if len(old) != len(new):
             raise _differs(self.names[index], wanted.what, "it has other parts")
         rows = []
         for place, ((name, a), (_, b)) in enumerate(zip(old, new, strict=True)):
             if index in wanted.loose:
                 found = _alike(a, b)
+            elif same(a, b):
+                found = EXACT
             else:
-                found = _leaf(a, b, None if exact is None else exact[place][1], allowed)
+                exact = self._in_float64(wanted)
+                found = _leaf(a, b, exact and flat(exact[index])[place][1], allowed)
             if not found.ok:
                 raise _differs(name, wanted.what, found.note, found)
             rows.append(found)
@@ -199,10 +205,8 @@ _NO_FLOAT64 = "compared with the original's outputs: there is no float64 run to 
 
 
 def _leaf(old: Any, new: Any, exact: Any, allowed: float) -> Measure:
-    """One array: equal bits, or the tolerance of ONNX Runtime's kernels, or the original's own
-    error where that is larger."""
-    if same(old, new):
-        return Measure(0.0, 0.0, 0.0, 0.0, True)
+    """One array: within the tolerance of ONNX Runtime's kernels, or the original's own error where
+    that is larger."""
     a, b = as_tensor(old), as_tensor(new)
     if a is None or b is None:
         return _integers(old, new, allowed)
@@ -228,7 +232,7 @@ def _integers(old: Any, new: Any, allowed: float) -> Measure:
         return replace(_FAILED, note=f"{_kind(old)} became {_kind(new)}")
     share = sum(map(_other, old.ravel().tolist(), new.ravel().tolist())) / max(old.size, 1)
     if share == 0:  # the same numbers, with other bits between them
-        return Measure(0.0, 0.0, 0.0, 0.0, True)
+        return EXACT
     if allowed and share <= allowed:
         return Measure(share, 1.0, 0.0, allowed, True)
     return replace(_FAILED, note=f"{share:.1%} of its values differ")

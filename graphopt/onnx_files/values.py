@@ -13,8 +13,19 @@ from torch import Tensor
 Feed = Mapping[str, Any]
 """Inputs by name."""
 
-_CODES = {"bfloat16": 16, "float8e4m3fn": 17, "float8e4m3fnuz": 18, "float8e5m2": 19,
-          "float8e5m2fnuz": 20, "uint4": 21, "int4": 22}  # fmt: skip
+_CODES = {
+    "bfloat16": 16,
+    "float8e4m3fn": 17,
+    "float8e4m3fnuz": 18,
+    "float8e5m2": 19,
+    "float8e5m2fnuz": 20,
+    "uint4": 21,
+    "int4": 22,
+    "float4e2m1": 23,
+    "float8e8m0": 24,
+    "uint2": 25,
+    "int2": 26,
+}
 """``TensorProto.DataType`` of types that numpy has not, by ONNX Runtime's names."""
 
 
@@ -58,14 +69,16 @@ def _code(kind: str) -> int | None:
 
 
 def _held(array: Any, kind: str) -> Any:
+    """A value of ONNX Runtime; numbers of less than a byte are packed, the low one first."""
     from onnxruntime import OrtValue
 
     code = _code(kind)
     if code is None:
         return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-    plain = np.ascontiguousarray(array)
-    plain = plain.view(np.uint16 if plain.dtype.itemsize == 2 else np.uint8)
-    return OrtValue.ortvalue_from_numpy_with_onnx_type(plain, code)
+    made = OrtValue.ortvalue_from_shape_and_type(list(array.shape), code)
+    raw = _packed(np.ascontiguousarray(array), _width(code))
+    ctypes.memmove(made.data_ptr(), raw, len(raw))
+    return made
 
 
 def _read(value: Any) -> Any:
@@ -74,12 +87,42 @@ def _read(value: Any) -> Any:
         return value.numpy()
     import onnx_ir
 
-    dtype = onnx_ir.DataType(code)
+    dtype, shape = onnx_ir.DataType(code).numpy(), tuple(value.shape())
     size = value.tensor_size_in_bytes()
     raw = ctypes.string_at(value.data_ptr(), size) if size else b""
-    if dtype.bitwidth < 8:
-        return np.frombuffer(raw, np.uint8)  # codes, two in a byte
-    return np.frombuffer(raw, dtype.numpy()).reshape(value.shape())
+    return _unpacked(raw, _width(code), shape, dtype)
+
+
+def _width(code: int) -> int:
+    import onnx_ir
+
+    return int(onnx_ir.DataType(code).bitwidth)
+
+
+def _packed(array: np.ndarray[Any, Any], bits: int) -> bytes:
+    if bits >= 8:
+        return array.tobytes()
+    per_byte, mask = 8 // bits, (1 << bits) - 1
+    codes = array.reshape(-1).view(np.uint8) & mask
+    rows = np.pad(codes, (0, -codes.size % per_byte)).reshape(-1, per_byte)
+    shifts = np.arange(per_byte, dtype=np.uint8) * bits
+    return bytes((rows << shifts).sum(1, dtype=np.uint8).tobytes())
+
+
+def _unpacked(
+    raw: bytes, bits: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
+    if bits >= 8:
+        return np.frombuffer(raw, dtype).reshape(shape)
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    codes = (np.frombuffer(raw, np.uint8)[:, None] >> shifts) & ((1 << bits) - 1)
+    codes = codes.reshape(-1)[: int(np.prod(shape, dtype=np.int64))].astype(np.uint8)
+    if np.dtype(dtype).name.startswith("int"):
+        signed = codes.astype(np.int16)
+        codes = np.where(signed >= 1 << (bits - 1), signed - (1 << bits), signed).astype(np.int8)
+        return codes.astype(dtype).reshape(shape)
+    plain = codes.view(dtype) if np.dtype(dtype).name.startswith("float") else codes.astype(dtype)
+    return plain.reshape(shape)
 
 
 def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
