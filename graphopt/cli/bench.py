@@ -8,6 +8,7 @@ import click
 
 from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
+from graphopt.cli.onnx_file import bench_file, is_onnx
 from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.subject import load_subject, options_from
 from graphopt.errors import GraphoptError
@@ -21,7 +22,17 @@ from graphopt.errors import GraphoptError
 @click.option("--inductor/--no-inductor", default=True, help="Also graphopt followed by Inductor.")
 @click.option("--onnx/--no-onnx", default=False, help="Also the exported ONNX file.")
 @click.option("--ablation/--no-ablation", default=True, help="Also the recipe without each pass.")
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="Of an ONNX file: where its profile is written, .html or .json. May be repeated.",
+)
+@click.pass_context
 def command(
+    context: click.Context,
     model: str,
     inputs: str | None,
     arch: str | None,
@@ -38,10 +49,23 @@ def command(
     inductor: bool,
     onnx: bool,
     ablation: bool,
+    outputs: tuple[str, ...],
 ) -> None:
-    """Time MODEL as it is, under torch.compile and under graphopt, and what each pass adds."""
+    """Time MODEL as it is, under torch.compile and under graphopt, and what each pass adds.
+
+    An ONNX file is timed in ONNX Runtime, as it is and optimized, and profiled by operator.
+    """
     from graphopt.benchmark import bench
 
+    if is_onnx(model):
+        bench_file(context)
+        return
+    if outputs:
+        raise GraphoptError(
+            "a profile is written of an ONNX file",
+            where=f"--output {outputs[0]}",
+            fix="leave it out; --json prints the times",
+        )
     with progress("bench", quiet=as_json) as step:
         options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)

@@ -1,7 +1,9 @@
-"""``graphopt optimize MODEL.onnx``: the verb on a file that is rewritten as it is."""
+"""``graphopt optimize`` and ``bench`` on ONNX files, which are rewritten and run as they are."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,9 @@ _WHY = {
     "train": "it is rewritten for inference, as it is",
     "dequantize": "quantized weights stay as they are stored",
     "target inductor": "ONNX Runtime runs it",
-    "no_inductor": "nothing is compiled by Inductor",
-    "onnx": "it is one",
-    "no_ablation": "there is no ablation",
+    "inductor": "nothing is compiled by Inductor",
+    "onnx": "it is one, and timed in ONNX Runtime anyway",
+    "ablation": "only the whole recipe is timed beside the original",
 }
 
 
@@ -145,16 +147,7 @@ def _targets(outputs: tuple[str, ...], model: str) -> list[Path]:
     default = [] if any(Path(o).suffix == ".onnx" for o in outputs) else [_default(model)]
     paths = [*default, *(Path(o) for o in outputs)]
     for path in paths:
-        if path.suffix not in WRITABLE:
-            raise GraphoptError(
-                f"cannot write {path.suffix or 'that'} from an ONNX file",
-                where=str(path),
-                fix=f"use one of {', '.join(WRITABLE)}",
-            )
-        if not path.parent.is_dir():
-            raise GraphoptError(
-                "the folder does not exist", where=str(path.parent), fix=f"mkdir -p {path.parent}"
-            )
+        check_place(path, WRITABLE)
     if sum(path.suffix == ".onnx" for path in paths) > 1:
         raise GraphoptError(
             "one ONNX file is written from an ONNX file",
@@ -162,6 +155,24 @@ def _targets(outputs: tuple[str, ...], model: str) -> list[Path]:
             fix="name one file that ends in .onnx",
         )
     return paths
+
+
+def check_place(path: Path, endings: Sequence[str]) -> None:
+    """Refuse a file whose ending says nothing, or whose folder is missing.
+
+    Raises:
+        GraphoptError: says what can be written.
+    """
+    if path.suffix not in endings:
+        raise GraphoptError(
+            f"cannot write {path.suffix or 'that'} from an ONNX file",
+            where=str(path),
+            fix=f"use one of {', '.join(endings)}",
+        )
+    if not path.parent.is_dir():
+        raise GraphoptError(
+            "the folder does not exist", where=str(path.parent), fix=f"mkdir -p {path.parent}"
+        )
 
 
 def _default(model: str) -> Path:
@@ -177,3 +188,54 @@ def _write_report(report: Any, path: Path) -> None:
         report.to_json(path)
     else:
         path.write_text(yaml.safe_dump({"passes": report.recipe}, sort_keys=False))
+
+
+PROFILES = (".html", ".json")
+
+
+def bench_file(context: click.Context) -> None:
+    """Time and profile an ONNX file; options are those of `graphopt bench`, as they were given.
+
+    Raises:
+        GraphoptError: an option that was given means nothing for an ONNX file.
+    """
+    from graphopt.onnx_files.bench import bench_onnx
+
+    given = context.params
+    model, as_json = given["model"], given["as_json"]
+    for name in ("arch", "trust_pickle", "train", "dequantize", "inductor", "onnx", "ablation"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            refuse_options(model, "bench", **{name: True})
+    targets = [Path(output) for output in given["outputs"]]
+    check_outputs(targets, [model, given["inputs"], given["recipe"], given["calibration"]])
+    for path in targets:
+        check_place(path, PROFILES)
+    with progress("bench", quiet=as_json) as step, ExitStack() as stack:
+        places = [stack.enter_context(atomic_path(path)) for path in targets]
+        inputs = inputs_of(given["inputs"])
+        found = bench_onnx(
+            model,
+            passes=recipe_of(given["recipe"], given["passes"]),
+            inputs=inputs,
+            calibration=calibration_of(given["calibration"], model, inputs),
+            strict=given["strict"],
+            measure=given["measure"],
+            rounds=given["rounds"],
+            step=step,
+        )
+        for place in places:
+            _write_profile(found, place)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for line in (*found.lines(), *(f"wrote {path}" for path in targets)):
+        click.echo(line)
+
+
+def _write_profile(found: Any, path: Path) -> None:
+    from graphopt.onnx_files.profile_page import render_profile
+
+    if path.suffix == ".html":
+        path.write_text(render_profile(found), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(found.to_dict(), indent=2), encoding="utf-8")

@@ -95,8 +95,8 @@ def optimize_onnx(
     document = read_document(source)
     _check_data(document, target)
     start = time.perf_counter()
-    report = Report(source.name, recipe=to_recipe(steps), environment=_environment())
-    given = _tensors(inputs), [_tensors(batch) or {} for batch in calibration]
+    report = Report(source.name, recipe=to_recipe(steps), environment=environment_of_onnx())
+    given = tensors(inputs), [tensors(batch) or {} for batch in calibration]
     feeds, model = _prepared(document, *given)
     around = Surroundings(model, feeds, document.external, measure, progress)
     if model is None:
@@ -142,7 +142,8 @@ def _check_data(document: Document, target: Path) -> None:
         )
 
 
-def _environment() -> dict[str, str]:
+def environment_of_onnx() -> dict[str, str]:
+    """Machine and versions, those of onnx, onnxscript and ONNX Runtime among them."""
     import onnx
     import onnxruntime
     import onnxscript
@@ -151,7 +152,7 @@ def _environment() -> dict[str, str]:
     return {**environment(), **versions}
 
 
-def _tensors(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def tensors(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Arrays that torch knows as tensors; sequences and the like as they are."""
     import numpy as np
 
