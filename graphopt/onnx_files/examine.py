@@ -87,6 +87,12 @@ class Examiner:
             rows += [self._measured(wanted, i, v, allowed) for i, v in enumerate(found)]
         return worst(rows)
 
+    def first_outputs(self, model: Any) -> tuple[list[Any], list[Any]]:
+        """Outputs on the first inputs, and those of the original, in float64 where it runs so."""
+        first = self.wanted[0]
+        found = run(session_of(model, external=self.external), first.feed)
+        return found, self._in_float64(first) or first.outputs
+
     def certificate(self, found: Measure, *, rule: str, version: int, numeric: str) -> Certificate:
         """Proof for one rewrite, or for the whole file."""
         notes = (_NO_FLOAT64, f"float64: {self.lacking}") if self.lacking and found.bound else ()

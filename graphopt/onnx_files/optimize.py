@@ -25,6 +25,8 @@ from graphopt.onnx_files.document import (
 from graphopt.onnx_files.examine import Examiner
 from graphopt.onnx_files.feeds import Feeds, feeds_for
 from graphopt.onnx_files.pipeline import VERSION, Pipeline, Result, pace_of
+from graphopt.onnx_files.quantize import check_calibration
+from graphopt.onnx_files.quantized_summary import summary
 from graphopt.onnx_files.recipe import Recipe, resolve_onnx, to_recipe
 from graphopt.onnx_files.steps import OnnxPass, Surroundings
 from graphopt.onnx_files.views import node_views
@@ -103,6 +105,8 @@ def optimize_onnx(
         report.missed += _left_alone(steps, document.lacking)
         result, examiner = Result(None), None
     else:
+        for step in steps:
+            check_calibration(step, around)
         progress("run the original")
         examiner = Examiner(model, feeds, external=document.external)
         result = Pipeline(examiner, around, strict).run(model, steps)
@@ -182,6 +186,8 @@ def _fill(report: Report, document: Document, result: Result, examiner: Examiner
     report.applied, report.passes = result.applied, result.passes
     report.missed += result.missed
     report.notes += result.notes
+    if examiner is not None and result.layers:
+        report.quantization = summary(result, examiner)
     if examiner is not None:
         report.notes += examiner.notes
         made = {name: (a.rule,) for a in result.applied for name in a.added}

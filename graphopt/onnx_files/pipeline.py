@@ -14,6 +14,7 @@ from graphopt.onnx_files.examine import Examiner
 from graphopt.onnx_files.steps import Change, OnnxPass, Outcome, Surroundings
 from graphopt.onnx_files.values import run
 from graphopt.report.model import Applied, Certificate, MissedRewrite, PassSummary
+from graphopt.report.quantized import QuantizedLayer
 from graphopt.report.text import seconds_text
 from graphopt.rewrite.rule import Numeric
 from graphopt.verify.measure import EXACT, Measure
@@ -38,6 +39,7 @@ class Result:
     missed: list[MissedRewrite] = field(default_factory=list)
     passes: list[PassSummary] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    layers: list[QuantizedLayer] = field(default_factory=list)
     allowed: float = 0.0
 
 
@@ -84,6 +86,7 @@ class Pipeline:
         result.applied += [_applied(step, c, proof, speedup) for c in kept]
         result.missed += [*outcome.missed, *tried.failed]
         result.notes += outcome.notes
+        result.layers += outcome.layers
         result.passes.append(
             PassSummary(
                 step.name,

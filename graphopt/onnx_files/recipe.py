@@ -10,10 +10,12 @@ from graphopt.errors import RecipeError
 from graphopt.onnx_files.fold import FoldConstants
 from graphopt.onnx_files.fuse import FuseOperators, SplitNormsOfSums
 from graphopt.onnx_files.merge import MergeInitializers
+from graphopt.onnx_files.quantize import OnnxQuantizeMatmul, onnx_quantize
 from graphopt.onnx_files.repeated import EliminateCommonSubexpressions
 from graphopt.onnx_files.steps import OnnxPass
 from graphopt.onnx_files.unused import RemoveIdentities, RemoveUnused
-from graphopt.presets import PRESETS, available_presets, resolve
+from graphopt.passes.quantize import QuantizeMatmul
+from graphopt.presets import PRESETS, available_presets, recipe_items, resolve
 from graphopt.rewrite.passes import parse_pass
 
 OWN: Mapping[str, type[OnnxPass]] = {
@@ -59,12 +61,10 @@ def _preset(name: str) -> list[OnnxPass]:
         resolve(name)  # says which pass it needs
     given = [text for text in PRESETS[name] if text.partition(":")[0] not in PRESETS["exact"]]
     exact = [OWN[step]() for step in EXACT] if PRESETS[name] else []
-    return [*exact, *(_step(text, f"recipe {name!r}") for text in given)]
+    return _ordered([*exact, *(_step(text, f"recipe {name!r}") for text in given)])
 
 
 def _from_file(path: Path) -> list[OnnxPass]:
-    from graphopt.presets import recipe_items
-
     return _steps(recipe_items(path), str(path))
 
 
@@ -82,7 +82,15 @@ def _steps(items: Iterable[Any], where: str) -> list[OnnxPass]:
             steps = [step if old.name == step.name else old for old in steps]
         else:
             steps.append(step)
-    return steps
+    return _ordered(steps)
+
+
+def _ordered(steps: list[OnnxPass]) -> list[OnnxPass]:
+    """Weights are quantized before operators are fused: fused ones hold weights of their own."""
+    first = next((i for i, s in enumerate(steps) if isinstance(s, FuseOperators)), len(steps))
+    late = [s for s in steps[first:] if isinstance(s, OnnxQuantizeMatmul)]
+    rest = [s for s in steps[first:] if not isinstance(s, OnnxQuantizeMatmul)]
+    return [*steps[:first], *late, *rest]
 
 
 def _step(item: Any, where: str) -> OnnxPass:
@@ -96,10 +104,13 @@ def _step(item: Any, where: str) -> OnnxPass:
             )
         return OWN[name]()
     made = parse_pass(item) if isinstance(item, str) else resolve([item])[0]
+    if isinstance(made, QuantizeMatmul):
+        return onnx_quantize(made, where)
     raise RecipeError(
         f"{made.name} rewrites models that are captured from PyTorch, not ONNX files",
         where=where,
-        fix=f"take {', '.join(OWN)}; or optimize the model that the file was exported from",
+        fix=f"take {', '.join(OWN)} or QuantizeMatmul; or optimize the model that the file was "
+        "exported from",
     )
 
 

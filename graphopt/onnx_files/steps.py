@@ -9,6 +9,7 @@ from typing import Any
 
 from graphopt.onnx_files.feeds import Feeds
 from graphopt.report.model import MissedRewrite
+from graphopt.report.quantized import QuantizedLayer
 
 Allowed = Callable[[str], bool]
 """Whether a rewrite may be made, by its key: verification takes those out that fail."""
@@ -39,6 +40,7 @@ class Outcome:
     Attributes:
         allowed: relative RMS error of outputs that lossy rewrites come to.
         notes: what else there is to tell.
+        layers: weights in few bits.
         model: what takes the model's place; None where it was changed itself.
     """
 
@@ -46,6 +48,7 @@ class Outcome:
     missed: list[MissedRewrite] = field(default_factory=list)
     allowed: float = 0.0
     notes: list[str] = field(default_factory=list)
+    layers: list[QuantizedLayer] = field(default_factory=list)
     model: Any = None
 
 

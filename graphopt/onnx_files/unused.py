@@ -18,16 +18,22 @@ class RemoveUnused(OnnxPass):
     def apply(self, model: Any, around: Surroundings, allowed: Allowed) -> Outcome:  # noqa: ARG002
         if not allowed("unused"):
             return Outcome()
-        nodes = [label(node) for node in _unused_nodes(model)]
-        values = list(_unused_initializers(model))
-        functions = _unused_functions(model)
-        found = (("nodes", nodes), ("initializers", values), ("functions", functions))
+        found = remove_unused(model)
         changes = [
             Change("unused", f"remove unused {what}", tuple(names), bitwise=True)
-            for what, names in found
+            for what, names in found.items()
             if names
         ]
         return Outcome(changes)
+
+
+def remove_unused(model: Any) -> dict[str, list[str]]:
+    """Remove what no output depends on; the names of ``nodes``, ``initializers``, ``functions``."""
+    return {
+        "nodes": [label(node) for node in _unused_nodes(model)],
+        "initializers": list(_unused_initializers(model)),
+        "functions": _unused_functions(model),
+    }
 
 
 def _unused_nodes(model: Any) -> Iterator[Any]:

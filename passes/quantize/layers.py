@@ -153,11 +153,13 @@ class Layers:
         """The pattern that decides for each name of a weight that has one."""
         if not self.patterns:
             return {}
-        found = ((name, self._first(name)) for name in weight_names(program, weight))
+        found = ((name, self.first(name)) for name in weight_names(program, weight))
         return {name: pattern for name, pattern in found if pattern is not None}
 
-    def _first(self, name: str) -> str | None:
-        """Names without wildcards are looked up: there may be one for each weight of a model."""
+    def first(self, name: str) -> str | None:
+        """The pattern that decides for a name, if there is one.
+
+        Names without wildcards are looked up: there may be one for each weight of a model."""
         own = list(paths([name]))
         places = [self._plain[path] for path in own if path in self._plain]
         end = min(places, default=len(self.patterns))

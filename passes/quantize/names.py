@@ -61,11 +61,20 @@ def check_patterns(option: str, patterns: Iterable[str], program: Program) -> No
     Raises:
         RecipeError: one does not; the nearest names are told.
     """
-    known = dict.fromkeys(paths(program.state))
+    check_names(option, patterns, program.state, program.name)
+
+
+def check_names(option: str, patterns: Iterable[str], names: Iterable[str], model: str) -> None:
+    """Whether each pattern of an option matches one of the names of weights in a model.
+
+    Raises:
+        RecipeError: one does not; the nearest names are told.
+    """
+    known = dict.fromkeys(paths(names))
     for pattern in patterns:
         if pattern not in known and not any(fnmatchcase(name, pattern) for name in known):
             raise RecipeError(
-                f"{option}: no weight or module of {program.name} is called {pattern!r}",
+                f"{option}: no weight or module of {model} is called {pattern!r}",
                 where=f"QuantizeMatmul:{option}",
                 fix=_nearest(pattern, list(known)),
             )

@@ -37,6 +37,7 @@ __all__ = [
     "calls_of",
     "lower",
     "lower_merged",
+    "notes_of",
     "quantized_nodes",
     "translations",
 ]
@@ -79,7 +80,12 @@ class Lowering:
 
     def notes(self) -> list[str]:
         """In which forms the operators are, and what else was tried."""
-        return [*_chosen(self.choices), *_stored(self.choices)]
+        return notes_of(self.choices)
+
+
+def notes_of(choices: Sequence[Choice]) -> list[str]:
+    """In which forms operators are, what else was tried, and what the file holds."""
+    return [*_chosen(choices), *_stored(choices)]
 
 
 def lower(

@@ -46,35 +46,25 @@ class Choice:
     rows: int = 0
 
 
-class Chooser(fx.Interpreter):
-    """Runs a program, and chooses at each quantized operator."""
+class FormChooser:
+    """Chooses forms of calls, by what each is seen to do on its inputs.
 
-    def __init__(
-        self,
-        program: Program,
-        calls: dict[fx.Node, Call],
-        *,
-        standard: bool,
-        opset: int,
-        time: bool,
-        known: Mapping[str, Choice] | None = None,
-    ) -> None:
-        super().__init__(program.graph_module)
-        self.calls, self.choices = calls, dict[fx.Node, Choice]()
-        self.known = known or {}
+    Args:
+        standard: of operators of the ONNX standard alone.
+        opset: operator set that forms are for.
+        time: choose the fastest, else the first that holds.
+    """
+
+    def __init__(self, *, standard: bool, opset: int, time: bool) -> None:
         self.standard, self.opset, self.time = standard, opset, time
         self.kinds: dict[Any, str] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        call = self.calls.get(n)
-        if call is not None and n.name in self.known:
-            self.choices[n] = replace(self.known[n.name], call=call)
-        elif call is not None:
-            given = self.fetch_args_kwargs_from_env(n)[0][0]
-            self.choices[n] = self.choose(call, _sample(call, given))
-        return super().run_node(n)
-
     def choose(self, call: Call, x: Tensor) -> Choice:
+        """A form for a call on float32 ``x (..., K)``, or on indices.
+
+        Raises:
+            ExportError: nothing is within the bound.
+        """
         own = 0.0
         if call.activations != "none":
             made = linear(x, call.weight, activations=call.activations, static=call.static)
@@ -111,6 +101,30 @@ class Chooser(fx.Interpreter):
         return min(small or held, key=lambda trial: trial.seconds or 0)
 
 
+class _Chooser(fx.Interpreter):
+    """Runs a program, and chooses at each quantized operator."""
+
+    def __init__(
+        self,
+        program: Program,
+        calls: dict[fx.Node, Call],
+        forms: FormChooser,
+        known: Mapping[str, Choice] | None = None,
+    ) -> None:
+        super().__init__(program.graph_module)
+        self.calls, self.choices = calls, dict[fx.Node, Choice]()
+        self.forms, self.known = forms, known or {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        call = self.calls.get(n)
+        if call is not None and n.name in self.known:
+            self.choices[n] = replace(self.known[n.name], call=call)
+        elif call is not None:
+            given = self.fetch_args_kwargs_from_env(n)[0][0]
+            self.choices[n] = self.forms.choose(call, sample(call, given))
+        return super().run_node(n)
+
+
 def _first_that_holds(
     call: Call, x: Tensor, forms: Sequence[Form], opset: int, own: float
 ) -> Choice:
@@ -131,7 +145,7 @@ def _nothing_holds(call: Call, trials: Sequence[Trial]) -> ExportError:
     )
 
 
-def _sample(call: Call, given: Tensor) -> Tensor:
+def sample(call: Call, given: Tensor) -> Tensor:
     """What is tried: a few rows of what the operator reads, or numbers drawn where that is odd."""
     if call.embedding:
         flat = given.reshape(-1)[:ROWS].cpu()
@@ -164,7 +178,8 @@ def choose(
     given = iter(program.example_inputs)
     targets = (program.inputs[n.name].target for n in program.placeholders())
     values = [next(given) if t is None else program.state[t] for t in targets]
-    chooser = Chooser(program, calls, standard=standard, opset=opset, time=time, known=known)
+    forms = FormChooser(standard=standard, opset=opset, time=time)
+    chooser = _Chooser(program, calls, forms, known)
     with torch.no_grad():
         chooser.run(*values)
     return [chooser.choices[node] for node in calls]

@@ -36,9 +36,10 @@ def products(call: Call, found: Integers | None) -> Iterator[Form]:
         )
         return
     if _fits_bnb4(call) and not call.tied:  # its bytes are no others
-        yield Form("MatMulBnb4", _bnb4)
+        yield Form("MatMulBnb4", _bnb4, opset=13)
     tier = 0 if found is None else 3
-    yield Form("table decoded on loading", _tabled, standard=True, unpacks=True, tier=tier)
+    told = "table decoded on loading"
+    yield Form(told, _tabled, standard=True, unpacks=True, tier=tier, opset=13)
 
 
 def _tabled(emit: Emitter, given: Product) -> Any:

@@ -44,6 +44,7 @@ def products(call: Call, found: Integers) -> Iterator[Form]:
         partial(_whole, found),
         biased=found.zeros is None,
         shares=True,
+        opset=13,
         **kept,
     )
 

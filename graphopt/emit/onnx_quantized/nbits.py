@@ -46,6 +46,7 @@ def products(call: Call, found: Integers) -> Iterator[Form]:
                 rounds=level == INT8,
                 # without 4 bits it dequantizes the whole weight on every call
                 tier=0 if level == INT8 or found.bits == 4 else 1,
+                opset=13,
             )
 
 
