@@ -54,7 +54,10 @@ def read_document(path: str | Path) -> Document:
     data = check_external_data(source, Limits.from_env())
     proto = read_onnx(source)
     with reading(source):
-        return document_of(proto, source, data)
+        document = document_of(proto, source, data)
+        if document.model is not None:
+            onnx_proto(document.model)  # texts that cannot be written again are damage too
+    return document
 
 
 def document_of(proto: Any, path: Path, data: tuple[Path, ...] = ()) -> Document:

@@ -14,10 +14,10 @@ from graphopt.onnx_files.values import Feed, run
 LIMIT = 1 << 29
 """Bytes of weights above which no copy in float64 is made."""
 
-LIMIT_BY_DEFINITION = 1 << 27
+LIMIT_BY_DEFINITION = 1 << 29
 """The same in float64, for onnx's reference implementation: it is slow."""
 
-_LONG = frozenset({"Conv", "ConvTranspose", "Loop", "Scan", "LSTM", "GRU", "RNN", "Einsum"})
+_LONG = frozenset({"ConvTranspose", "Loop", "Scan", "LSTM", "GRU", "RNN", "LpPool", "Resize"})
 """What the reference implementation takes minutes for."""
 
 _QUANTIZING = frozenset(
@@ -49,11 +49,13 @@ def _by_definition(wide: Any, lacking: str) -> tuple[Callable[[Feed], list[Any]]
     """By onnx's reference implementation, where ONNX Runtime lacks an operator in float64."""
     from onnx.reference import ReferenceEvaluator
 
+    from graphopt.onnx_files.definitions import OPERATORS
+
     nodes = [n for n in wide.graph.all_nodes() if n.op_type in _LONG]
     if nodes or stored_bytes(wide) > LIMIT_BY_DEFINITION:
         return None, lacking
     try:
-        evaluator = ReferenceEvaluator(onnx_proto(wide))
+        evaluator = ReferenceEvaluator(onnx_proto(wide), new_ops=OPERATORS)
     except Exception as error:  # of operators that it does not know
         return None, f"{lacking}; onnx: {' '.join(str(error).split())[:100]}"
     return lambda feed: list(evaluator.run(None, {n: _wide_array(v) for n, v in feed.items()})), ""

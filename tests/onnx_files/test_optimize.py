@@ -108,19 +108,31 @@ def test_the_criterion_is_against_float64_where_that_runs(source, tmp_path, nudg
     assert 0 < proof.original_error < proof.error < proof.bound and not proof.notes
 
 
-def test_where_there_is_no_float64_the_certificate_says_so(tmp_path):
-    nodes = [
-        node("Conv", ["x", "w"], ["h"]),
-        node("Relu", ["h"], ["i"]),
-        node("Relu", ["i"], ["y"]),
-    ]
-    made = model(
-        nodes, [value("x", [1, 2, 8, 8])], [value("y", None)], [tensor(weights(3, 2, 3, 3), "w")]
-    )
-    found = graphopt.optimize_onnx(save(made, tmp_path / "m.onnx"), tmp_path / "o.onnx")
-    assert operators(found.path) == ["Conv", "Relu"]
-    notes = " ".join(found.report.whole[0].notes)
-    assert "no float64 run" in notes and "Conv" in notes
+def test_where_there_is_no_float64_the_certificate_says_so(tmp_path, nudged):
+    nodes = [node("ConvTranspose", ["x", "w"], ["y"])]
+    held = [tensor(weights(2, 3, 3, 3), "w")]
+    made = model(nodes, [value("x", [1, 2, 8, 8])], [value("y", None)], held)
+    source = save(made, tmp_path / "m.onnx")
+    found = graphopt.optimize_onnx(source, tmp_path / "o.onnx", passes=["Nudged"])
+    proof = found.report.whole[0]
+    assert "no float64 run" in proof.notes[0] and "ConvTranspose" in proof.notes[1]
+    assert 0 < proof.error < proof.bound == 2e-5 and proof.original_error == 0
+
+
+def test_a_float64_run_of_something_else_is_no_reference(source, tmp_path, nudged, monkeypatch):
+    """It would make the original's own error large, and with it what is allowed."""
+    from graphopt.onnx_files import examine
+
+    def other(model):
+        runs, lacking = examine_widened(model)
+        return lambda feed: [1.01 * v for v in runs(feed)], lacking
+
+    examine_widened = examine.widened
+    monkeypatch.setattr(examine, "widened", other)
+    found = graphopt.optimize_onnx(source, tmp_path / "o.onnx", passes=["Nudged"], measure=False)
+    proof = found.report.whole[0]
+    assert "does not give what the original gives" in proof.notes[1]
+    assert proof.bound == 2e-5
 
 
 def test_metadata_is_kept_and_more_is_added(source, tmp_path):
