@@ -12,13 +12,13 @@ from torch import Tensor
 from graphopt.errors import GraphoptError
 from graphopt.inputs import DEFAULT_EXTENT, DTYPES, Inputs, TensorSpec, draw_inputs
 
-_DTYPES = {
+KNOWN = {
     **{f"tensor({n})": n for n in DTYPES if not n.startswith(("float", "complex"))},
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
 }
-"""Names of `DTYPES` by what ONNX Runtime calls them."""
+"""Names of `DTYPES` by what ONNX Runtime calls them: types that can be drawn, and checked."""
 
 
 def onnx_runner(
@@ -76,8 +76,8 @@ def check_value(
         for size, given in zip(sizes, value.shape, strict=True)
     )
     dtype = str(value.dtype).removeprefix("torch.")
-    if not fits or _DTYPES.get(entry.type, dtype) != dtype:
-        shown = _DTYPES.get(entry.type, entry.type)
+    if not fits or KNOWN.get(entry.type, dtype) != dtype:
+        shown = KNOWN.get(entry.type, entry.type)
         raise GraphoptError(
             f"{path.name} takes {entry.name!r} as {shown}{_sizes(sizes)}, "
             f"but {dtype}{list(value.shape)} was given",
@@ -98,7 +98,7 @@ def spec_of(entry: Any, path: Path) -> TensorSpec:
     Raises:
         GraphoptError: no values can be drawn for its type.
     """
-    if entry.type not in _DTYPES:
+    if entry.type not in KNOWN:
         raise GraphoptError(
             f"cannot draw values for the input {entry.name!r} of type {entry.type}",
             where=str(path),
@@ -106,4 +106,4 @@ def spec_of(entry: Any, path: Path) -> TensorSpec:
         )
     shape = tuple(s if isinstance(s, int) else DEFAULT_EXTENT for s in entry.shape)
     axes = {i: str(s) for i, s in enumerate(entry.shape) if not isinstance(s, int)}
-    return TensorSpec(entry.name, DTYPES[_DTYPES[entry.type]], shape, axes)
+    return TensorSpec(entry.name, DTYPES[KNOWN[entry.type]], shape, axes)

@@ -10,7 +10,7 @@ from typing import Any
 from graphopt.errors import GraphoptError
 from graphopt.inputs import TensorSpec, draw_inputs
 from graphopt.onnx_files.values import Feed, as_arrays
-from graphopt.onnx_side import check_value, spec_of
+from graphopt.onnx_side import KNOWN, check_value, spec_of
 
 UNSEEN = 3
 """What axes with a name get besides the sizes of the first inputs: so many, the next one more."""
@@ -63,7 +63,7 @@ def feeds_for(
 def _check(declared: Sequence[Any], given: Mapping[str, Any], path: Path, where: str) -> None:
     known = [entry.name for entry in declared]
     for entry in declared:
-        if entry.type.startswith("tensor("):
+        if entry.type in KNOWN:
             check_value(entry, given, path, known, where=where)
         elif entry.name not in given:
             raise GraphoptError(

@@ -322,8 +322,11 @@ def test_presets_quantize_before_they_fuse(tmp_path):
 def test_the_verb(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(two_layers(), tmp_path / "m.onnx")
-    main(["optimize", "m.onnx", "-o", "o.onnx", "-o", "r.html", "--recipe", "balanced"])
+    reports = ("-o", "r.html", "-o", "r.yaml")
+    main(["optimize", "m.onnx", "-o", "o.onnx", *reports, "--recipe", "balanced"])
     out = capsys.readouterr().out
+    main(["optimize", "m.onnx", "-o", "p.onnx", "--recipe", "r.yaml"])
+    assert "2 weights in few bits" in capsys.readouterr().out
     assert "2 weights in few bits" in out and "before" in out
     assert "a.weight" in (tmp_path / "r.html").read_text()
     assert error(tmp_path, {"x": weights(7, WIDTH, seed=2)}) < 0.05
