@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 import click
 
@@ -16,16 +17,27 @@ from graphopt.rewrite.passes import Pass, make_pass, registered_passes
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the passes, or show one NAME with its rules and their mathematics."""
-    if name is not None:
-        shown = [type(make_pass(name, where="graphopt passes"))]
-    else:
+    """List the passes, or show one NAME with its rules and their mathematics.
+
+    Those that rewrite ONNX files are listed behind those on captured models.
+    """
+    from graphopt.onnx_files.recipe import OWN
+
+    files = [kind for own, kind in OWN.items() if name in (None, own)]
+    if name is None:
         shown = list(registered_passes().values())
+    elif files and name not in registered_passes():
+        shown = []
+    else:
+        shown = [type(make_pass(name, where="graphopt passes"))]
     if as_json:
-        print_json([_facts(kind) for kind in shown])
+        facts = [{"name": k.__name__, "doc": _text(k), "on": "ONNX files"} for k in files]
+        print_json([*map(_facts, shown), *facts])
         return
     for kind in shown:
         _print(kind, details=name is not None)
+    for step in files:
+        click.echo(f"{step.__name__} (on ONNX files): {_text(step)}")
 
 
 def _facts(kind: type[Pass]) -> dict[str, object]:
@@ -50,6 +62,10 @@ def _print(kind: type[Pass], *, details: bool) -> None:
         click.echo(f"\n  {rule.name} ({rule.numeric.value}, version {rule.version})")
         for line in inspect.cleandoc(rule.__doc__ or "").splitlines():
             click.echo(f"    {line}")
+
+
+def _text(kind: type[Any]) -> str:
+    return " ".join(inspect.cleandoc(kind.__doc__ or "").split())
 
 
 def _first_line(kind: type[Pass]) -> str:

@@ -63,10 +63,10 @@ class Examiner:
         self.model, self.feeds, self.external = model, feeds, external
         self.notes: list[str] = []
         self.lacking = ""
-        self.session = session_of(model, external=external)
-        self.names = [entry.name for entry in self.session.get_outputs()]
+        session = session_of(model, external=external)
+        self.names = [entry.name for entry in session.get_outputs()]
         self._exact: dict[int, list[Any] | None] = {}
-        self.wanted = [self._first(), *self._others()]
+        self.wanted = [self._first(session), *self._others(session)]
 
     def examine(self, model: Any, allowed: float = 0.0) -> Measure:
         """The worst measure over all outputs and inputs.
@@ -126,9 +126,9 @@ class Examiner:
                                   plain.tobytes())  # fmt: skip
         return digest.hexdigest()
 
-    def _first(self) -> Wanted:
+    def _first(self, session: Any) -> Wanted:
         try:
-            outputs = run(self.session, self.feeds.first)
+            outputs = run(session, self.feeds.first)
         except GraphoptError:
             raise
         except Exception as error:
@@ -138,11 +138,11 @@ class Examiner:
             ) from error
         return self._kept("the first inputs", self.feeds.first, outputs)
 
-    def _others(self) -> list[Wanted]:
+    def _others(self, session: Any) -> list[Wanted]:
         found = []
         for what, feed in self.feeds.others:
             try:
-                outputs = run(self.session, feed)
+                outputs = run(session, feed)
             except Exception as error:
                 self.notes.append(f"{what} were not tried, the original refuses: {_line(error)}")
                 continue

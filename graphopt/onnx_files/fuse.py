@@ -40,6 +40,8 @@ class FuseOperators(OnnxPass):
     timed = True
 
     def apply(self, model: Any, around: Surroundings, allowed: Allowed) -> Outcome:  # noqa: ARG002
+        if node_count(model) < 2:
+            return Outcome()
         version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
         if version < OLDEST:
             reason = f"operator set {version} is older than {OLDEST}"

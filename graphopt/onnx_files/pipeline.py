@@ -20,6 +20,7 @@ from graphopt.rewrite.rule import Numeric
 from graphopt.verify.measure import EXACT, Measure
 from graphopt.verify.timing import Pace, interleaved, pays
 
+_AT_OUTPUTS = "seen at the outputs of the model, with all rewrites of the pass"
 BUDGET = 0.5
 """Seconds that two forms of a file are timed for, about."""
 VERSION = 1
@@ -237,6 +238,12 @@ def _applied(
     exact = Numeric.BITWISE if change.bitwise else Numeric.REASSOCIATED
     numeric = Numeric.LOSSY if step.lossy else exact
     made = replace(proof(rule=change.rule, numeric=numeric.value), nodes=change.removed)
+    if change.error is not None:
+        made = replace(
+            made, error=change.error, max_error=change.error, bound=change.bound, notes=()
+        )
+    elif made.bound:
+        made = replace(made, notes=(*made.notes, _AT_OUTPUTS))
     return Applied(step.name, change.rule, change.removed, change.added, None, made, speedup)
 
 

@@ -200,7 +200,8 @@ class OnnxQuantizeMatmul(OnnxPass):
         remove_unused(model)
         for name, found in made.items():
             mine = [p for p in chosen if p.name == name]
-            outcome.changes.append(_change(model, name, mine, found))
+            bound = max(self._tolerance(k) for k in [self._kind(name)] if k is not None)
+            outcome.changes.append(_change(model, name, mine, found, bound))
             outcome.layers.append(_layer(model, name, mine, found))
         total = math.hypot(*(found.error for found in made.values()))
         limits = (self._tolerance(kind) for name in made if (kind := self._kind(name)))
@@ -328,12 +329,13 @@ def _bias(model: Any, product: Product, emit: Emitter) -> Any:
     return emit("Mul", product.bias, model.graph.initializers[name])
 
 
-def _change(model: Any, name: str, mine: list[Product], found: Made) -> Change:
+def _change(model: Any, name: str, mine: list[Product], found: Made, bound: float) -> Change:
     """What reads the codes is what was made of the products."""
     removed = tuple(label(p.node) for p in mine)
     held = {v for n, v in model.graph.initializers.items() if n.startswith(f"{name}.")}
     added = tuple(label(n) for n in model.graph if held & {v for v in n.inputs if v is not None})
-    return Change(name, f"quantize to {found.weight.scheme.bits} bits", removed, added)
+    rule = f"quantize to {found.weight.scheme.bits} bits"
+    return Change(name, rule, removed, added, error=found.error, bound=bound)
 
 
 def _layer(model: Any, name: str, mine: list[Product], found: Made) -> QuantizedLayer:

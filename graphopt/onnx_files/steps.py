@@ -24,6 +24,8 @@ class Change:
         rule: what was done, in a few words.
         removed, added: names of nodes and initializers.
         bitwise: whether it cannot change a bit.
+        error, bound: relative RMS error of what it computes on what it reads, where that was
+            measured by itself, and what is allowed of it.
     """
 
     key: str
@@ -31,6 +33,8 @@ class Change:
     removed: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     bitwise: bool = False
+    error: float | None = None
+    bound: float = 0.0
 
 
 @dataclass

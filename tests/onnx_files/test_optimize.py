@@ -410,6 +410,15 @@ def test_float64_norms_of_sums_come_through(tmp_path):
     assert found.report.verified
 
 
+def test_passes_of_files_are_listed(capsys):
+    status, out, _ = call(capsys, "passes")
+    assert status == 0 and "MergeInitializers (on ONNX files): Constants of equal type" in out
+    status, out, _ = call(capsys, "passes", "MergeInitializers", "--json")
+    assert status == 0 and [row["on"] for row in json.loads(out)] == ["ONNX files"]
+    status, out, _ = call(capsys, "passes", "FoldConstants")
+    assert out.startswith("FoldConstants: ") and "(on ONNX files)" in out
+
+
 def test_passes_are_listed_in_a_preset(tmp_path):
     from graphopt.onnx_files.recipe import resolve_onnx
 

@@ -73,6 +73,9 @@ def test_a_product_is_stored_in_eight_bits(tmp_path):
     row = found.report.quantization.layers[0]
     assert row.names == ("layer.weight",) and row.bits == 8 and row.sqnr > 35 and row.cosine > 0.999
     assert row.bytes_after < row.bytes_before / 3
+    proof = found.report.applied[0].certificate
+    assert proof.error == row.error < proof.bound and proof.numeric == "lossy"
+    assert found.report.applied[0].removed == ("product",)
     whole = found.report.whole[0]
     assert whole.numeric == "lossy" and whole.error < whole.bound < 0.1
     assert json.loads(metadata(found.path)["graphopt"])["recipe"][0]["QuantizeMatmul"]["bits"] == 8
