@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import GraphoptError
-from graphopt.inputs import TensorSpec, draw_inputs
+from graphopt.inputs import SEED, TensorSpec, draw_inputs
 from graphopt.onnx_files.values import Feed, as_arrays
 from graphopt.onnx_side import KNOWN, check_value, spec_of
 
@@ -136,7 +136,7 @@ def _overridden(session: Any, first: Feed) -> Iterator[tuple[str, Feed]]:
     """
     import numpy as np
 
-    generator, others = np.random.default_rng(0), {}
+    generator, others = np.random.default_rng(SEED), {}
     for entry in session.get_overridable_initializers():
         kind = {"tensor(float)": "f4", "tensor(double)": "f8", "tensor(float16)": "f2"}
         if entry.type in kind and all(isinstance(size, int) for size in entry.shape):
