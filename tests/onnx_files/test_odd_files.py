@@ -26,6 +26,28 @@ def both(tmp_path, feed):
     return [run(document.session_of(file.model), feed) for file in files]
 
 
+@pytest.mark.parametrize("kind", ["int4", "uint4", "int2", "uint2", "float4_e2m1fn"])
+def test_numbers_of_less_than_a_byte_are_packed_and_read_back(kind):
+    import ml_dtypes
+
+    from graphopt.onnx_files.values import _packed, _unpacked
+
+    dtype = np.dtype(getattr(ml_dtypes, kind))
+    bits = 2 if kind.endswith("2") else 4
+    every = np.arange(2**bits, dtype=np.uint8)
+    if kind.startswith("int"):
+        numbers = np.where(every >= 2 ** (bits - 1), every.astype(int) - 2**bits, every)
+        array = numbers.astype(np.int8).astype(dtype)
+    else:
+        array = every.view(dtype) if kind.startswith("float") else every.astype(dtype)
+    array = array[:-1].reshape(1, -1)  # of an odd number
+    raw = _packed(array, bits)
+    stored = numpy_helper.from_array(array).raw_data  # as onnx packs them
+    assert raw == stored
+    again = _unpacked(raw, bits, array.shape, dtype)
+    np.testing.assert_array_equal(again.astype(float), array.astype(float))
+
+
 @pytest.mark.parametrize("element", ["BFLOAT16", "FLOAT16", "DOUBLE", "FLOAT8E4M3FN", "UINT4"])
 def test_inputs_of_every_width(element, tmp_path):
     """Two identical conversions of an input; what cannot be drawn is given."""

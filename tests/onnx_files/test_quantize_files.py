@@ -167,6 +167,22 @@ def test_a_weight_that_two_products_read_is_stored_once(tmp_path):
     assert 0 < error(tmp_path, {"x": weights(7, WIDTH, seed=2)}) < 0.05
 
 
+def test_a_weight_is_read_by_inputs_of_two_ranks(tmp_path):
+    nodes = [
+        node("MatMul", ["x", "layer.weight"], ["a"]),
+        node("ReduceMax", ["x", "zero"], ["m"], keepdims=0),
+        node("Squeeze", ["m", "zero"], ["v"]),
+        node("MatMul", ["v", "layer.weight"], ["b"]),
+        node("Add", ["a", "b"], ["h"]),
+    ]
+    made = chain(nodes, [linear(), tensor(np.array([0]), "zero")], shape=(1, "n", WIDTH))
+    made.graph.node[1].input[1] = "one"
+    made.graph.initializer.append(tensor(np.array([1]), "one"))
+    found = quantized(made, tmp_path)
+    assert len(found.report.quantization.layers) == 1
+    assert 0 < error(tmp_path, {"x": weights(1, 7, WIDTH, seed=2)}) < 0.02
+
+
 def stays(nodes, tmp_path, words, *, held=None, more=(), shape=("batch", WIDTH), steps=(STEP,)):
     """The weight is left alone, for a reason with these words, and the file is as it was."""
     held = [linear()] if held is None else held
