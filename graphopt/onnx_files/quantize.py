@@ -62,10 +62,17 @@ class Made:
 
 @dataclass(frozen=True)
 class OnnxQuantizeMatmul(OnnxPass):
-    """Products with a constant matrix store it in few bits; lossy."""
+    """Products with a constant matrix store it in few bits; lossy.
+
+    Attributes:
+        step: the pass whose options these are.
+        known: what became of each weight, by name; rounded once, however often the pass is applied.
+        ranks: dimensions of the values that products read, by name.
+    """
 
     step: QuantizeMatmul = field(default_factory=QuantizeMatmul)
     known: dict[str, Made | str] = field(default_factory=dict, compare=False, repr=False)
+    ranks: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     lossy = True
 
@@ -138,6 +145,7 @@ class OnnxQuantizeMatmul(OnnxPass):
             readers.setdefault(str(product.x.name), []).append(product)
         for name, arrays in recorded(model, list(readers), feeds, external=around.external):
             given = [t for t in map(as_tensor, arrays) if t is not None and t.ndim]
+            self.ranks[name] = max((t.ndim for t in given), default=0)
             for product in readers[name]:
                 if product.name not in self.known:
                     around.progress(f"QuantizeMatmul: {product.name}")
@@ -191,9 +199,14 @@ class OnnxQuantizeMatmul(OnnxPass):
         outcome.missed.append(self._left(made, label(product.node), product.name, option))
         return False
 
+    def _choice(self, choice: Choice, product: Product) -> Choice:
+        """For a product whose input has other dimensions than the one that was tried."""
+        rank = self.ranks[str(product.x.name)]
+        return replace(choice, call=replace(choice.call, rank=rank))
+
     def _write(self, model: Any, chosen: list[Product], outcome: Outcome) -> None:
         made = {p.name: found for p in chosen if isinstance(found := self.known[p.name], Made)}
-        choices = [_of_rank(made[p.name].choice, p) for p in chosen]
+        choices = [self._choice(made[p.name].choice, p) for p in chosen]
         for key, product in enumerate(chosen):
             _slot(model, product, key)
         place(model, choices)
@@ -288,13 +301,6 @@ def _difference(
     error, _ = difference(made, wanted)
     norm = float(made.norm() * wanted.norm())
     return error, float((made * wanted).sum()) / norm if norm else None
-
-
-def _of_rank(choice: Choice, product: Product) -> Choice:
-    """For a product whose input has other dimensions than the one that was tried."""
-    shape = product.x.shape
-    rank = choice.call.rank if shape is None else len(shape)
-    return replace(choice, call=replace(choice.call, rank=rank))
 
 
 def _slot(model: Any, product: Product, key: int) -> None:

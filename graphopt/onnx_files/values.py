@@ -117,10 +117,7 @@ def _unpacked(
     shifts = np.arange(8 // bits, dtype=np.uint8) * bits
     codes = (np.frombuffer(raw, np.uint8)[:, None] >> shifts) & ((1 << bits) - 1)
     codes = codes.reshape(-1)[: int(np.prod(shape, dtype=np.int64))].astype(np.uint8)
-    if np.dtype(dtype).name.startswith("int"):
-        signed = codes.astype(np.int16)
-        codes = np.where(signed >= 1 << (bits - 1), signed - (1 << bits), signed).astype(np.int8)
-        return codes.astype(dtype).reshape(shape)
+    # a cast takes what does not fit as its lowest bits: those of a negative number
     plain = codes.view(dtype) if np.dtype(dtype).name.startswith("float") else codes.astype(dtype)
     return plain.reshape(shape)
 

@@ -101,6 +101,19 @@ def test_fused_operators_name_what_they_replace(source, tmp_path):
     assert operators(found.path) == ["MatMul", "BiasGelu", "MatMul"]
 
 
+def test_fusions_leave_overridable_initializers_inputs(tmp_path):
+    made = gelu()
+    made.graph.input.append(value("bias", [16]))
+    found = graphopt.optimize_onnx(
+        save(made, tmp_path / "m.onnx"), tmp_path / "o.onnx", measure=False
+    )
+    assert "BiasGelu" in operators(found.path) and "bias" in constants(found.path)
+    assert [v.name for v in onnx.load(found.path).graph.input] == ["x", "bias"]
+    feed = {"x": weights(2, 16), "bias": weights(16, seed=7)}
+    one, two = (outputs(tmp_path / name, feed)[0] for name in ("m.onnx", "o.onnx"))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
 def test_the_criterion_is_against_float64_where_that_runs(source, tmp_path, nudged):
     """ONNX Runtime has no ``Erf`` in float64; onnx's reference implementation has."""
     found = graphopt.optimize_onnx(source, tmp_path / "o.onnx", passes=["Nudged"], measure=False)

@@ -178,9 +178,10 @@ def test_a_weight_is_read_by_inputs_of_two_ranks(tmp_path):
     made = chain(nodes, [linear(), tensor(np.array([0]), "zero")], shape=(1, "n", WIDTH))
     made.graph.node[1].input[1] = "one"
     made.graph.initializer.append(tensor(np.array([1]), "one"))
-    found = quantized(made, tmp_path)
+    step = "QuantizeMatmul:bits=4,group_size=32,symmetric=false,activations=null"
+    found = quantized(made, tmp_path, [step])
     assert len(found.report.quantization.layers) == 1
-    assert 0 < error(tmp_path, {"x": weights(1, 7, WIDTH, seed=2)}) < 0.02
+    assert 0 < error(tmp_path, {"x": weights(1, 7, WIDTH, seed=2)}) < 0.2
 
 
 def stays(nodes, tmp_path, words, *, held=None, more=(), shape=("batch", WIDTH), steps=(STEP,)):
