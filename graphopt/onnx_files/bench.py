@@ -116,19 +116,16 @@ def bench_onnx(
         step("profile")
         runs = min(rounds, RUNS)
         profiles = {name: profile(f.model, f, feed, runs) for name, f in files.items() if f.model}
-    rows = tuple(
-        FileTiming(
-            name,
-            statistics.median(taken),
-            min(taken),
-            max(taken),
-            statistics.median(times["original"]) / statistics.median(taken),
-            size,
-        )
-        for (name, taken), size in zip(times.items(), made.bytes, strict=True)
-    )
+    rows = tuple(_rows(times, made.bytes))
     notes = (f"{len(made.report.applied)} rewrites; `graphopt optimize {source.name}` tells which",)
     return FileBench(source.name, rows, profiles, _shapes(feed), environment_of_onnx(), notes)
+
+
+def _rows(times: Mapping[str, list[float]], sizes: Sequence[int]) -> Iterator[FileTiming]:
+    first = statistics.median(times["original"])
+    for (name, taken), size in zip(times.items(), sizes, strict=True):
+        middle = statistics.median(taken)
+        yield FileTiming(name, middle, min(taken), max(taken), first / middle, size)
 
 
 def _session(document: Document) -> Any:

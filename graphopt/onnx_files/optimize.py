@@ -101,15 +101,7 @@ def optimize_onnx(
     given = tensors(inputs), [tensors(batch) or {} for batch in calibration]
     feeds, model = _prepared(document, *given)
     around = Surroundings(model, feeds, document.external, measure, progress)
-    if model is None:
-        report.missed += _left_alone(steps, document.lacking)
-        result, examiner = Result(None), None
-    else:
-        for step in steps:
-            check_calibration(step, around)
-        progress("run the original")
-        examiner = Examiner(model, feeds, external=document.external)
-        result = Pipeline(examiner, around, strict).run(model, steps)
+    result, examiner = _rewritten(steps, document, around, report, strict=strict)
     _fill(report, document, result, examiner)
     seconds = _timed(document, result, around)
     progress(f"write {target.name}")
@@ -120,6 +112,25 @@ def optimize_onnx(
     report.seconds["optimize"] = time.perf_counter() - start
     report.notes += _figures(size, seconds)
     return OnnxFileResult(target, report, size, seconds, _data_of(target))
+
+
+def _rewritten(
+    steps: Sequence[OnnxPass],
+    document: Document,
+    around: Surroundings,
+    report: Report,
+    *,
+    strict: bool,
+) -> tuple[Result, Examiner | None]:
+    """The passes on the model; where it cannot be held whole, none of them."""
+    if document.model is None:
+        report.missed += _left_alone(steps, document.lacking)
+        return Result(None), None
+    for step in steps:
+        check_calibration(step, around)
+    around.progress("run the original")
+    examiner = Examiner(document.model, around.feeds, external=document.external)
+    return Pipeline(examiner, around, strict).run(document.model, steps), examiner
 
 
 def _check_target(source: Path, target: Path) -> None:
