@@ -56,8 +56,12 @@ def innermost(frames: Sequence[Frame]) -> Frame | None:
 
 def frames_of(node: fx.Node) -> list[Frame]:
     """The stack under which the node was traced."""
-    found = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return [Frame(file, int(line)) for file, line in found]
+    return frames_in(node.meta.get("stack_trace") or "")
+
+
+def frames_in(text: str) -> list[Frame]:
+    """The frames of a stack as Python prints it."""
+    return [Frame(file, int(line)) for file, line in _FRAME.findall(text)]
 
 
 def frames_of_traceback(trace: TracebackType | None) -> list[Frame]:

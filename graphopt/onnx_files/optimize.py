@@ -24,6 +24,7 @@ from graphopt.onnx_files.document import (
 )
 from graphopt.onnx_files.examine import Examiner
 from graphopt.onnx_files.feeds import Feeds, feeds_for
+from graphopt.onnx_files.origins import sources
 from graphopt.onnx_files.pipeline import VERSION, Pipeline, Result, pace_of
 from graphopt.onnx_files.quantize import check_calibration
 from graphopt.onnx_files.quantized_summary import summary
@@ -31,7 +32,7 @@ from graphopt.onnx_files.recipe import Recipe, resolve_onnx, to_recipe
 from graphopt.onnx_files.steps import OnnxPass, Surroundings
 from graphopt.onnx_files.views import node_views
 from graphopt.recipe import environment
-from graphopt.report.model import MissedRewrite, Report
+from graphopt.report.model import Applied, MissedRewrite, Report
 from graphopt.report.text import bytes_text, seconds_text
 from graphopt.rewrite.rule import Numeric
 
@@ -194,8 +195,9 @@ def _left_alone(steps: Sequence[OnnxPass], reason: str) -> list[MissedRewrite]:
 
 
 def _fill(report: Report, document: Document, result: Result, examiner: Examiner | None) -> None:
-    report.applied, report.passes = result.applied, result.passes
-    report.missed += result.missed
+    lines = {} if document.model is None else sources(document.model)
+    report.applied, report.passes = [_placed(a, lines) for a in result.applied], result.passes
+    report.missed += [replace(m, source=lines.get(m.node or "")) for m in result.missed]
     report.notes += result.notes
     if examiner is not None and result.layers:
         report.quantization = summary(result, examiner)
@@ -204,6 +206,13 @@ def _fill(report: Report, document: Document, result: Result, examiner: Examiner
         made = {name: (a.rule,) for a in result.applied for name in a.added}
         report.graph_before = node_views(document.model)
         report.graph_after = node_views(result.model, made)
+
+
+def _placed(applied: Applied, lines: Mapping[str, str]) -> Applied:
+    """With the line of the first node that went, where the file says it."""
+    source = next((lines[name] for name in applied.removed if name in lines), None)
+    proof = replace(applied.certificate, source=source)
+    return replace(applied, source=source, certificate=proof)
 
 
 def _timed(document: Document, result: Result, around: Surroundings) -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from graphopt.onnx_files.origins import module_of, source_of
 from graphopt.onnx_files.steps import label
 from graphopt.report.model import NodeView
 
@@ -22,12 +23,23 @@ def node_views(
     """
     graph = model.graph
     names: dict[Any, str] = {}
-    return [
+    views = [
         *(_placed(v, "input", names) for v in graph.inputs),
         *(_placed(v, "constant", names) for v in graph.initializers.values() if v not in names),
         *_nodes(graph, names, rewritten or {}),
-        NodeView("output", "output", tuple(names.get(v, "") for v in graph.outputs), "", "", None),
     ]
+    end = _unused("output", {view.name for view in views})
+    read = tuple(names[v] for v in graph.outputs if v in names)
+    return [*views, NodeView(end, "output", read, "", "", None)]
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """The name, or the first of it with a number that is not taken."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name}.{number}"
+    return found
 
 
 def _placed(value: Any, op: str, names: dict[Any, str]) -> NodeView:
@@ -41,11 +53,8 @@ def _nodes(
 ) -> Iterator[NodeView]:
     taken = set(names.values())
     for node in graph:
-        name = unique = label(node)
-        number = 1
-        while unique in taken:
-            number += 1
-            unique = f"{name}.{number}"
+        name = label(node)
+        unique = _unused(name, taken)
         taken.add(unique)
         names.update((value, unique) for value in node.outputs)
         read = dict.fromkeys(names[v] for v in node.inputs if v is not None and v in names)
@@ -54,17 +63,11 @@ def _nodes(
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type,
             tuple(read),
             _shape(node.outputs[0]) if node.outputs else "",
-            _module(node),
-            None,
+            module_of(node),
+            source_of(node),
             rewritten.get(name, ()),
             _attributes(node),
         )
-
-
-def _module(node: Any) -> str:
-    """Exporters name nodes by the path of their module: ``/encoder/layer.0/MatMul``."""
-    parts = str(node.name or "").strip("/").split("/")[:-1]
-    return ".".join(part for part in parts if part)
 
 
 def _shape(value: Any) -> str:
