@@ -59,6 +59,11 @@ class FuseOperators(OnnxPass):
         held = all(allowed(change.key) for change in outcome.changes)
         return outcome if held else Outcome()
 
+    def alternative(self, _model: Any) -> Any | None:
+        """Norms of sums, of which ONNX Runtime is slow on CPUs, as two operators."""
+        apart = onnx_sums.sums_apart(SimpleNamespace(model=_model))
+        return None if apart is None else apart.model
+
     def _fused(self, model: Any, original: Any, hides: Callable[[Any], bool]) -> Outcome:
         kept = {id(node) for node in unfolded(model)}
         try:

@@ -86,6 +86,10 @@ class OnnxPass:
     def apply(self, model: Any, around: Surroundings, allowed: Allowed) -> Outcome:
         raise NotImplementedError(f"{self.name} does nothing")
 
+    def alternative(self, _model: Any) -> Any | None:
+        """Another form of what the pass made of a model, tried where that is slower than before."""
+        return None
+
     @property
     def name(self) -> str:
         return type(self).__name__

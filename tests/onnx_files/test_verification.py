@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 import pytest
-from graphs import model, node, save, tensor, value, weights
+from graphs import model, node, operators, save, tensor, value, weights
 from onnx import TensorProto
 
 import graphopt
@@ -157,36 +157,66 @@ def test_half_precision_is_held_to_float64(tmp_path, monkeypatch):
     assert "another one" in tried(made, tmp_path, monkeypatch, set_constant("w", far))
 
 
-@pytest.mark.parametrize("measure", [True, False])
-def test_a_slower_file_is_not_kept(measure, tmp_path, monkeypatch):
-    """A pass that is timed, and makes the product a hundred times."""
+class Slow(OnnxPass):
+    """A pass that is timed, and makes the product a hundred times more."""
 
-    class Slow(OnnxPass):
-        timed = True
+    timed = True
 
-        def apply(self, model, around, allowed):
-            first = model.graph.node(0)
-            total = first.outputs[0]
-            made = []
-            for _ in range(100):
-                again = onnx_ir.node("MatMul", list(first.inputs))
-                made += [again, onnx_ir.node("Max", [total if not made else made[-1].outputs[0],
-                                                     again.outputs[0]])]  # fmt: skip
-            last = model.graph.node(1)
-            model.graph.insert_before(last, made)
-            last.replace_input_with(0, made[-1].outputs[0])
-            return Outcome([Change("slow", "slow down")])
+    def apply(self, model, around, allowed):
+        first = model.graph.node(0)
+        last = list(model.graph)[-1]
+        made, total = [], last.inputs[0]
+        for _ in range(100):
+            again = onnx_ir.node("MatMul", list(first.inputs))
+            most = onnx_ir.node("Max", [total, again.outputs[0]])
+            made, total = [*made, again, most], most.outputs[0]
+        model.graph.insert_before(last, made)
+        last.replace_input_with(0, total)
+        return Outcome([Change("slow", "slow down")])
 
-    monkeypatch.setitem(recipe.OWN, "Slow", Slow)
-    nodes = [node("MatMul", ["x", "x"], ["a"]), node("Neg", ["a"], ["y"])]
+
+class Rescued(Slow):
+    """The same, with another form that makes it once."""
+
+    factor = 1
+
+    def alternative(self, model):
+        twin = model.clone()
+        nodes = list(twin.graph)
+        nodes[-1].replace_input_with(0, nodes[0].outputs[0])
+        for found in reversed(nodes[1:-1]):
+            twin.graph.remove(found, safe=True)
+        nodes[-1].op_type = "Neg" if self.factor == 1 else "Abs"
+        return twin
+
+
+class Spoiled(Rescued):
+    """The same, with another form that is wrong."""
+
+    factor = 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure", "kept"),
+    [(Slow, True, False), (Slow, False, True), (Rescued, True, True), (Spoiled, True, False)],
+)
+def test_a_slower_file_is_not_kept(kind, measure, kept, tmp_path, monkeypatch):
+    """Unless another form of it pays, and is right."""
+    monkeypatch.setitem(recipe.OWN, "Slow", kind)
+    nodes = [
+        *(node("MatMul", ["x", "x"], ["a"]), node("MatMul", ["x", "x"], ["b"])),
+        *(node("Max", ["a", "b"], ["m"]), node("Neg", ["m"], ["y"])),
+    ]
     made = model(nodes, [value("x", [256, 256])], [value("y", [256, 256])])
     source = save(made, tmp_path / "m.onnx")
     monkeypatch.setattr("onnxruntime.SessionOptions", _plain_options)
     found = graphopt.optimize_onnx(source, tmp_path / "o.onnx", passes=["Slow"], measure=measure)
-    assert bool(found.report.applied) is not measure
-    if measure:
+    assert bool(found.report.applied) is kept
+    if not kept:
         assert found.report.missed[0].stage == "profit"
         assert "the file is slower with it" in found.report.missed[0].reason
+    if kind is Rescued:
+        assert operators(found.path) == ["MatMul", "Neg"]
 
 
 def _plain_options():
