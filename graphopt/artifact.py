@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,28 +86,42 @@ def _write(exported: ExportedProgram, path: Path, text: str, where: str) -> None
         ) from error
 
 
-def load(path: str | Path, *, target: str = "torch") -> OptimizedModule:
+def load(
+    path: str | Path,
+    *,
+    target: str = "torch",
+    providers: Sequence[str] | None = None,
+    measure: bool = True,
+) -> OptimizedModule:
     """Load what `save` wrote (or any plain ``.pt2``), after the archive was scanned.
 
     The module is called like the one that was saved, and refuses what that one refused.
 
     Args:
-        target: ``"torch"``, or ``"inductor"`` to hand its graph on to Inductor.
+        target: ``"torch"``, ``"inductor"`` or ``"onnxruntime"``, as `graphopt.compile` has them.
+        providers: execution providers of ONNX Runtime, for that target.
+        measure: keep regions in ONNX Runtime only where they are faster here.
 
     Raises:
         LoadError: the file is unsafe, damaged, or not an exported program.
-        RecipeError: there is no such target.
+        RecipeError: there is no such target or provider.
+        GraphoptError: the target takes no model in training mode.
     """
     from graphopt.emit.laid_out import lay_out
     from graphopt.loading import load_model
     from graphopt.recipe import Options
 
-    options = Options(target=target)
+    options = Options(target=target, providers=providers, measure=measure)
     loaded = load_model(path)
     program = program_of(loaded)
     report = _facts(loaded).report
     report = Report(program.name) if report is None else Report.from_dict(report)
     module = OptimizedModule(program, report)
+    if options.target == "onnxruntime":
+        from graphopt.emit.ort.lowering import to_onnxruntime
+
+        to_onnxruntime(module, program, options)
+        return module
     executed = lay_out(module)
     if options.target == "inductor":
         from graphopt.emit.inductor import to_inductor

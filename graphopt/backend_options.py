@@ -37,10 +37,20 @@ def parsed(options: dict[str, Any]) -> Options:
 def check_options(options: Options, dynamic_shapes: Any = None) -> None:
     """Refuse what has no meaning where Dynamo captures graphs as the model is called.
 
+    ONNX Runtime is given weights once and computes no gradients; to Dynamo weights are inputs like
+    others, which may require grad in any call.
+
     Raises:
         RecipeError: names the option, and what to do instead.
     """
     resolve(options.passes)
+    if options.target == "onnxruntime":
+        raise RecipeError(
+            "target 'onnxruntime' needs example_inputs: sessions are made of weights that stay as "
+            "they are, and Dynamo's graphs take weights as inputs that may change and train",
+            where="option target",
+            fix="pass example_inputs to graphopt.compile, with the model in eval mode",
+        )
     given = {f.name: getattr(options, f.name) != f.default for f in fields(Options)}
     given["dynamic_shapes"] = dynamic_shapes is not None
     for name, fix in _AHEAD_OF_TIME.items():

@@ -56,8 +56,12 @@ def compile(
         quality: ``quality(module) -> float``, higher is better; checked against ``budget``. It
             needs ``example_inputs`` too.
         budget: how far ``quality`` may fall below the original's, absolute.
-        target: ``"torch"``, or ``"inductor"`` to hand the rewritten graph on to Inductor.
-        providers: ONNX Runtime execution providers; only for the target ``"onnxruntime"``.
+        target: ``"torch"``; ``"inductor"`` to hand the rewritten graph on to Inductor; or
+            ``"onnxruntime"`` to run regions of it in ONNX Runtime where they are faster. They
+            compute no gradients: a call where one is asked for is an error. The model must be in
+            eval mode, and ``example_inputs`` are needed.
+        providers: execution providers for ``"onnxruntime"`` in the order of preference, by full or
+            short name (``"cpu"``, ``"cuda"``, ...); by default that of the model's device.
         strict: raise `VerificationError` instead of keeping the original where a rewrite fails.
         measure: keep only rewrites that are not slower on this machine.
         progress: called with a line of text as the work proceeds.
@@ -68,12 +72,8 @@ def compile(
         CaptureError: the model cannot be captured.
         VerificationError: the result is wrong (always for the whole, with ``strict`` for any part).
     """
-    if providers is not None:
-        raise GraphoptError(
-            f"providers have no meaning for target {target!r}", fix="leave providers out"
-        )
     told, steps = progress or (lambda _text: None), resolve(passes)
-    options = Options(steps, calibration, quality, budget, target, strict, measure, told)
+    options = Options(steps, calibration, quality, budget, target, providers, strict, measure, told)
     if example_inputs is None and example_kwargs is None:
         from graphopt.backend import compile_dynamic
 
@@ -130,7 +130,12 @@ def optimize_program(
 
     Raises:
         VerificationError: the whole does not verify; nothing is emitted.
+        GraphoptError: the target takes no model in training mode.
     """
+    if options.target == "onnxruntime":
+        from graphopt.emit.ort.lowering import refuse_training
+
+        refuse_training(program)
     judge = None if original is None else _Judge.of(options, original, program)
     optimized, report = rewrite_program(program, options, eager, judge)
     if not report.verified:
@@ -142,11 +147,15 @@ def optimize_program(
     module = OptimizedModule(optimized, report, program)
     from graphopt.emit.laid_out import lay_out
 
-    executed = lay_out(module, options)
+    executed = None if options.target == "onnxruntime" else lay_out(module, options)
     if options.target == "inductor":
         from graphopt.emit.inductor import to_inductor
 
         to_inductor(module, program, options, executed)
+    elif options.target == "onnxruntime":
+        from graphopt.emit.ort.lowering import to_onnxruntime
+
+        to_onnxruntime(module, program, options)
     elif executed is None:
         from graphopt.emit.onednn import to_onednn
 

@@ -29,7 +29,7 @@ from graphopt.verify.replay import SEED
 from graphopt.verify.thin import Thin, thinned
 from graphopt.verify.whole import hash_inputs
 
-TARGETS = ("torch", "inductor")
+TARGETS = ("torch", "inductor", "onnxruntime")
 
 CALIBRATION_SETS = 4
 """Calibration inputs that also serve verification; more would only cost time."""
@@ -45,6 +45,8 @@ class Options:
         quality: ``quality(module) -> float``, higher is better.
         budget: how far ``quality`` may fall, absolute.
         target: one of `TARGETS`.
+        providers: execution providers of ONNX Runtime, for that target; full or short names, which
+            become full ones.
         measure: keep only rewrites that are not slower on this machine.
         strict: raise where something does not verify, instead of keeping the original there.
     """
@@ -54,6 +56,7 @@ class Options:
     quality: Callable[[nn.Module], float] | None = None
     budget: float = 0.0
     target: str = "torch"
+    providers: Sequence[str] | None = None
     strict: bool = False
     measure: bool = True
     progress: Callable[[str], None] = field(default=lambda _text: None)
@@ -77,11 +80,25 @@ class Options:
             raise RecipeError(
                 f"unknown target {self.target!r}",
                 where="option target",
-                fix=f"use one of {', '.join(TARGETS)}; for ONNX Runtime write a file with "
-                "export_onnx",
+                fix=f"use one of {', '.join(TARGETS)}",
             )
+        self._settle_providers()
         if not isinstance(self.budget, Real) or self.budget != self.budget:
             raise GraphoptError(f"the budget is a number, not {self.budget!r}", where="budget")
+
+    def _settle_providers(self) -> None:
+        """Full names of providers; refuse them for other targets, and those that are not here."""
+        if self.target == "onnxruntime":
+            from graphopt.emit.onnx_runtime import require
+            from graphopt.emit.ort.providers import resolve_providers
+
+            require("onnx", "onnxscript", "onnxruntime")
+            if self.providers is not None:
+                object.__setattr__(self, "providers", resolve_providers(self.providers))
+        elif self.providers is not None:
+            raise GraphoptError(
+                f"providers have no meaning for target {self.target!r}", fix="leave providers out"
+            )
 
 
 def rewrite_program(

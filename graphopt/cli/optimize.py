@@ -18,6 +18,7 @@ from graphopt.cli.subject import load_subject, options_from
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError
 from graphopt.files import atomic_path
+from graphopt.recipe import TARGETS
 
 WRITABLE = (".pt2", ".onnx", ".html", ".json", ".yaml")
 
@@ -35,8 +36,14 @@ WRITABLE = (".pt2", ".onnx", ".html", ".json", ".yaml")
     help="Where to write; the ending decides what: .pt2 (module), .onnx, .html or .json (report), "
     ".yaml (recipe). May be repeated. Default: NAME.optimized.pt2, or .onnx for an ONNX file.",
 )
+@click.option("--target", type=click.Choice(TARGETS), default="torch", show_default=True)
 @click.option(
-    "--target", type=click.Choice(["torch", "inductor"]), default="torch", show_default=True
+    "--provider",
+    "providers",
+    multiple=True,
+    metavar="NAME",
+    help="Execution provider for --target onnxruntime, such as cpu or cuda; may be repeated, in "
+    "the order of preference.",
 )
 def command(
     model: str,
@@ -53,6 +60,7 @@ def command(
     as_json: bool,
     outputs: tuple[str, ...],
     target: str,
+    providers: tuple[str, ...],
 ) -> None:
     """Rewrite MODEL, verify the result, write it and report.
 
@@ -82,9 +90,10 @@ def command(
         targets = _targets(outputs, model, train)
         check_outputs(targets, [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure)
+        options = replace(options, target=target, providers=providers or None)
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
         options = replace(options, calibration=calibration_of(calibration, subject))
-        options = replace(options, target=target, progress=step)
+        options = replace(options, progress=step)
         step("capture")
         program, eager = subject.capture()
         if any(path.suffix == ".onnx" for path in targets):
@@ -92,7 +101,7 @@ def command(
 
             check_program(program)
         module = optimize_program(program, options, eager=eager, original=subject.module)
-        module.report.notes += [*subject.notes, *_before_inductor(targets, target)]
+        module.report.notes += [*subject.notes, *_before_target(targets, target)]
         _write_all(module, targets, measure, step)
     if as_json:
         facts = module.report.to_dict()
@@ -125,14 +134,20 @@ def _targets(outputs: tuple[str, ...], model: str, train: bool) -> list[Path]:
     return paths
 
 
-def _before_inductor(targets: list[Path], target: str) -> list[str]:
-    """Inductor's code belongs to this process; what a file holds instead."""
+def _before_target(targets: list[Path], target: str) -> list[str]:
+    """Inductor's code and ONNX Runtime's sessions belong to this process; what files hold."""
     held = [p.name for p in targets if p.suffix in (".pt2", ".onnx")]
-    if target != "inductor" or not held:
+    if target == "torch" or not held:
         return []
+    names, verb = " and ".join(held), "hold" if len(held) > 1 else "holds"
+    if target == "inductor":
+        return [
+            f"{names} {verb} the rewritten graph as it is before Inductor, whose code is in no "
+            "file: call torch.compile on the loaded module"
+        ]
     return [
-        f"{' and '.join(held)} {'hold' if len(held) > 1 else 'holds'} the rewritten graph as it is "
-        "before Inductor, whose code is in no file: call torch.compile on the loaded module"
+        f"{names} {verb} the whole rewritten graph: regions are made again by "
+        "graphopt.load(path, target='onnxruntime')"
     ]
 
 

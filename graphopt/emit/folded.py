@@ -31,16 +31,16 @@ class FoldedWeights:
         self.statistics: list[Statistics] = []
         if original is not None and optimized is not None:
             tensors = [(n, t) for n, t in original.state.items() if n in optimized.relied]
-            self.watched = [(name, weakref.ref(t), _mark(t)) for name, t in tensors]
+            self.watched = [(name, weakref.ref(t), mark(t)) for name, t in tensors]
             self.statistics = [Statistics(n, original.state) for n, _ in tensors if is_counted(n)]
 
     def __call__(self) -> None:
         """Raises `GraphoptError` where a folded tensor was written since."""
         if torch.compiler.is_compiling():
             return
-        for name, reference, mark in self.watched:
+        for name, reference, known in self.watched:
             tensor = reference()
-            if tensor is not None and _mark(tensor) != mark:
+            if tensor is not None and mark(tensor) != known:
                 raise _changed(name)
         for statistics in self.statistics:
             if statistics.changed():
@@ -63,13 +63,13 @@ class Statistics:
 
     def _counted(self) -> tuple[int, int] | None:
         counter = self.counter() if self.counter is not None else None
-        return _mark(counter) if counter is not None else None
+        return mark(counter) if counter is not None else None
 
     def changed(self) -> bool:
         """Whether the values are others; looked at only after the counter was written."""
-        if (mark := self._counted()) == self.mark:
+        if (counted := self._counted()) == self.mark:
             return False
-        self.mark, tensor = mark, self.tensor()
+        self.mark, tensor = counted, self.tensor()
         return tensor is not None and not torch.equal(tensor, self.values)
 
 
@@ -85,6 +85,7 @@ def _changed(name: str) -> GraphoptError:
     )
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
+def mark(tensor: Tensor) -> tuple[int, int]:
+    """Its version and address: another one where it was written in place, or its data replaced."""
     version = 0 if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr()

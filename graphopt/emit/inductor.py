@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,15 @@ from torch import fx
 
 from graphopt.emit.chunk_bodies import compile_bodies
 from graphopt.emit.deferring import apart
+from graphopt.emit.held import fault
 from graphopt.emit.laid_out import TOLERANCE
 from graphopt.emit.module import OptimizedModule
 from graphopt.emit.spelled import spelled
 from graphopt.errors import VerificationError
 from graphopt.program import Program, is_random
-from graphopt.rewrite.rule import Numeric
 from graphopt.room import WITH_GRADIENTS, crowded
 from graphopt.verify.filtered import full_program, is_filtered
-from graphopt.verify.measure import Measure, worst
-from graphopt.verify.trials import Lower, hold, trial_inputs
-from graphopt.verify.unrounded import rounds, unrounded
+from graphopt.verify.trials import Lower
 
 if TYPE_CHECKING:
     from graphopt.recipe import Options
@@ -92,31 +90,5 @@ def _fault(
     tolerance = 0.0 if program.state.keys() <= module.program.state.keys() else TOLERANCE
     alone = module.report.losses or crowded(original, WITH_GRADIENTS)
     reference = program if alone else original
-    sets, _ = trial_inputs(reference, ones=False)
-    try:
-        found = [_measure(program, reference, inputs, lower, tolerance) for inputs in sets]
-    except torch._dynamo.exc.TorchDynamoException as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"cannot be made: {' '.join(said[:2])}"
-    off = next((m for m in found if not m.ok), None)
-    return None if off is None else f"is wrong: {off.note}, error {off.rms:.2g}"
-
-
-def _measure(
-    program: Program, original: Program, inputs: Sequence[Any], lower: Lower, tolerance: float
-) -> Measure:
-    """With a tolerance, of what rounds its inputs to bfloat16 on the way.
-
-    A program that rounds activations and is held to itself may differ from itself by as much as it
-    does from one that does not round them: see `unrounded`.
-    """
-    numeric = Numeric.LOSSY if tolerance else Numeric.REASSOCIATED
-    held = partial(hold, original, program, inputs, numeric, tolerance, lower=lower)
-    found = _worst(held())
-    if found.ok or original is not program or not rounds(program.graph):
-        return found
-    return _worst(held(reference=unrounded(program)))
-
-
-def _worst(found: tuple[Measure, Measure | None]) -> Measure:
-    return worst([m for m in found if m is not None])
+    failures = (torch._dynamo.exc.TorchDynamoException,)
+    return fault(reference, program, lower, tolerance=tolerance, failures=failures)

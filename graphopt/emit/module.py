@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class OptimizedModule(nn.Module):
         rules = {applied.rule for applied in report.applied}
         self._recognised = program.frozen and "RecognizeAttention" in rules
         self._laid: frozenset[str] = frozenset()
+        self._lowered: dict[str, Any] = {}
 
     def _register_state(self, program: Program) -> None:
         kinds = {e.target: e for e in program.inputs.values() if e.target is not None}
@@ -191,11 +192,15 @@ class OptimizedModule(nn.Module):
         return super()._apply(fn, recurse)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as the bytes of its ``.pt2``: graphs lose their shapes in a pickle."""
+        """Pickled as the bytes of its ``.pt2``: graphs lose their shapes in a pickle.
+
+        Regions in ONNX Runtime are made again when it is loaded, as ``_lowered`` says.
+        """
         from graphopt.artifact import save
 
         with tempfile.TemporaryDirectory() as folder:
-            return _unpickled, (save(self, Path(folder) / "module.pt2").read_bytes(),)
+            data = save(self, Path(folder) / "module.pt2").read_bytes()
+        return _unpickled, (data, self._lowered)
 
     def __copy__(self) -> OptimizedModule:
         twin = type(self).__new__(type(self))
@@ -212,13 +217,13 @@ class OptimizedModule(nn.Module):
         return f"{self.program.name}: {kept} rewrites, verified={self.report.verified}"
 
 
-def _unpickled(data: bytes) -> OptimizedModule:
+def _unpickled(data: bytes, options: Mapping[str, Any] | None = None) -> OptimizedModule:
     from graphopt.artifact import load
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "module.pt2"
         path.write_bytes(data)
-        return load(path)
+        return load(path, **(options or {}))
 
 
 class _Graph(nn.Module):

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from graphopt.emit.module import OptimizedModule
-from graphopt.emit.onnx_axes import name_axes
-from graphopt.emit.onnx_quantized import Lowering, calls_of, lower, lower_merged
-from graphopt.emit.onnx_runtime import compare_with_runtime, feed_of, open_session, require
+from graphopt.emit.onnx_drafts import best_draft, save_model
+from graphopt.emit.onnx_quantized import calls_of
+from graphopt.emit.onnx_runtime import compare_with_runtime, require
 from graphopt.emit.onnx_spelled import spelled_for_runtime
-from graphopt.emit.onnx_sums import FUSIONS, sums_apart
-from graphopt.emit.onnx_translate import fuse_for_runtime, input_names, output_names, translate
-from graphopt.emit.onnx_variants import separate_projections
+from graphopt.emit.onnx_translate import input_names, output_names
 from graphopt.emit.unchunked import unchunked
 from graphopt.errors import ExportError
 from graphopt.files import atomic_path
 from graphopt.kernels.quantized.remainder import weight_beside
 from graphopt.program import Program
 from graphopt.signature import Assumption
-from graphopt.verify.timing import Pace, interleaved
-
-EXTERNAL_ABOVE = 1_800_000_000
-"""Bytes of weights above which they go to a file beside the model (protobuf ends at 2 GB)."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +83,13 @@ def export_onnx(
     program = _exportable(module)
     _check_opset(opset)
     names = input_names(program), output_names(program)
-    options: dict[str, Any] = {
-        "opset": opset,
-        "standard": not fuse,
-        "verify": verify,
-        "measure": measure,
-    }
-    draft = _draft(lower(program, **options), names, fuse=fuse)
-    if fuse and measure and find_spec("onnxruntime"):
-        draft = _faster(draft, names)
-        draft = _merged(draft, lower_merged(program, draft.lowering, **options), names)
-        draft = _summed(draft, names)
+    draft = best_draft(program, names, fuse=fuse, opset=opset, verify=verify, measure=measure)
     lowering = draft.lowering
     _check_opset(opset, draft.model.model.opset_imports.get(""))
     draft.model.model.metadata_props["graphopt"] = _metadata(module)
     target, conditions = Path(path), program.assumptions
     with atomic_path(target) as temporary:
-        _save(draft.model, temporary, program)
+        save_model(draft.model, temporary, program)
         unchecked = (f"calls must keep to this, the file cannot: {_told(a)}" for a in conditions)
         error, notes = None, (*lowering.notes(), *draft.notes, *unchecked)
         if verify:
@@ -158,81 +138,6 @@ def _check_opset(opset: int | None, written: int | None = None) -> None:
 
 def _told(assumption: Assumption) -> str:
     return assumption.reason or assumption.text
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A model, what it was made of, and what there is to tell of the choice."""
-
-    lowering: Lowering
-    model: Any
-    fusions: dict[str, int]
-    notes: tuple[str, ...] = ()
-
-
-Names = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-def _draft(lowering: Lowering, names: Names, *, fuse: bool) -> _Draft:
-    model = translate(lowering.program, *names, opset=lowering.opset, standard=not fuse)
-    fusions = fuse_for_runtime(model) if fuse else {}
-    lowering.place(model.model)
-    name_axes(model.model, lowering.program)
-    return _Draft(lowering, model, fusions)
-
-
-def _faster(draft: _Draft, names: Names) -> _Draft:
-    """The draft, or one with separate projections if ONNX Runtime runs that faster."""
-    lowering = draft.lowering
-    apart = separate_projections(lowering.program)
-    other = draft if apart is None else _draft(replace(lowering, program=apart), names, fuse=True)
-    if other.fusions.get("attention", 0) <= draft.fusions.get("attention", 0):
-        return draft
-    told = ("query, key and value as separate products", "one merged product", "left merged")
-    return _winner(draft, other, names, told)
-
-
-def _merged(draft: _Draft, lowering: Lowering | None, names: Names) -> _Draft:
-    """The draft, or one with quantized products of one input as one if that is faster."""
-    if lowering is None:
-        return draft
-    other = _draft(lowering, names, fuse=True)
-    told = ("quantized products of one input as one", "products by themselves", "left apart")
-    return _winner(draft, other, names, told)
-
-
-def _summed(draft: _Draft, names: Names) -> _Draft:
-    """The draft, or one in which additions before norms stand by themselves if that is faster."""
-    apart = sums_apart(draft.model)
-    if apart is None:
-        return draft
-    fusions = {name: count for name, count in draft.fusions.items() if name not in FUSIONS}
-    other = replace(draft, model=apart, fusions=fusions)
-    told = ("norms apart from the additions before them", "one operator", "left as one")
-    return _winner(draft, other, names, told)
-
-
-def _winner(draft: _Draft, other: _Draft, names: Names, told: tuple[str, str, str]) -> _Draft:
-    """The one that ONNX Runtime runs faster, with a note of what was compared with what."""
-    pace = _race(draft, other, names[0])
-    what, than, left = told
-    note = f"{what}: {pace.old / pace.new:.2f}x the speed of {than} in ONNX Runtime"
-    if pace.new > pace.old:
-        return replace(draft, notes=(*draft.notes, f"{note}; {left}"))
-    return replace(other, notes=(*draft.notes, note))
-
-
-def _race(one: _Draft, two: _Draft, inputs: Sequence[str]) -> Pace:
-    """Both in turn on the captured inputs."""
-    with tempfile.TemporaryDirectory() as folder:
-        calls = []
-        for index, draft in enumerate((one, two)):
-            path, program = Path(folder) / f"{index}.onnx", draft.lowering.program
-            _save(draft.model, path, program)
-            session = open_session(path)
-            feed = feed_of(session, program.example_inputs, inputs)
-            calls.append(partial(session.run, None, feed))
-        return interleaved(calls[0], calls[1], budget=1.0)
 
 
 def _exportable(module: OptimizedModule) -> Program:
@@ -288,8 +193,3 @@ def _metadata(module: OptimizedModule) -> str:
         for c in report.certificates
     ]
     return json.dumps({"recipe": report.recipe, "certificates": certificates})
-
-
-def _save(model: Any, path: Path, program: Program) -> None:
-    size = sum(t.numel() * t.element_size() for t in program.state.values())
-    model.save(str(path), external_data=size > EXTERNAL_ABOVE)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.emit import onnx as emit_onnx
+from graphopt.emit import onnx_drafts
 from graphopt.emit import onnx_runtime as emit_onnx_runtime
 from graphopt.errors import ExportError, VerificationError
 
@@ -50,7 +50,7 @@ def test_a_wrong_file_is_never_put_in_place(tmp_path, monkeypatch):
     """A translation that is off by a factor is caught by running the file."""
     import onnx_ir
 
-    original = emit_onnx.translate
+    original = onnx_drafts.translate
 
     def wrong(*arguments, **options):
         made = original(*arguments, **options)
@@ -60,14 +60,14 @@ def test_a_wrong_file_is_never_put_in_place(tmp_path, monkeypatch):
                 value.const_value = onnx_ir.tensor(array * 1.01, name=value.name)
         return made
 
-    monkeypatch.setattr(emit_onnx, "translate", wrong)
+    monkeypatch.setattr(onnx_drafts, "translate", wrong)
     with pytest.raises(VerificationError, match="relative error"):
         graphopt.export_onnx(compiled(), tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(emit_onnx, "EXTERNAL_ABOVE", 100)
+    monkeypatch.setattr(onnx_drafts, "EXTERNAL_ABOVE", 100)
     graphopt.export_onnx(compiled(), tmp_path / "net.onnx")
     files = sorted(p.name for p in tmp_path.iterdir())
     assert files == ["net.onnx", "net.onnx.data"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.emit import onnx as emit_onnx
+from graphopt.emit import onnx_drafts
 from graphopt.emit.onnx_quantized import choosing, lower, lower_merged, quantized_nodes
 from graphopt.emit.onnx_quantized.merged import merged_siblings, together
 from graphopt.passes import QuantizeMatmul
@@ -114,7 +114,7 @@ def test_a_merged_weight_tells_its_parts(names: tuple[str, ...], wanted: str) ->
 def test_the_faster_form_is_written(
     new: float, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(emit_onnx, "interleaved", lambda *_args, **_kw: Pace(1.0, new))
+    monkeypatch.setattr(onnx_drafts, "interleaved", lambda *_args, **_kw: Pace(1.0, new))
     result = graphopt.export_onnx(compiled(), tmp_path / "m.onnx")
     model = onnx.load(tmp_path / "m.onnx")
     names = " ".join(i.name for i in model.graph.initializer)
@@ -127,7 +127,7 @@ def test_the_faster_form_is_written(
 def test_nothing_is_merged_where_nothing_is_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(emit_onnx, "interleaved", lambda *_args, **_kw: pytest.fail("timed"))
+    monkeypatch.setattr(onnx_drafts, "interleaved", lambda *_args, **_kw: pytest.fail("timed"))
     for options in ({"measure": False}, {"fuse": False}):
         result = graphopt.export_onnx(compiled(), tmp_path / "m.onnx", **options)
         assert not any("as one" in note for note in result.notes)

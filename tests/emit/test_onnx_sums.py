@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.emit import onnx as emit_onnx
+from graphopt.emit import onnx_drafts
 from graphopt.verify.timing import Pace
 
 onnx = pytest.importorskip("onnx")
@@ -42,7 +42,7 @@ def written(
     model: nn.Module, path: Path, new: float, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[Counter[str], Any, Counter[str]]:
     """Operators of the file, the result, and operators that ONNX Runtime makes of them."""
-    monkeypatch.setattr(emit_onnx, "interleaved", lambda *_args, **_kw: Pace(1.0, new))
+    monkeypatch.setattr(onnx_drafts, "interleaved", lambda *_args, **_kw: Pace(1.0, new))
     torch.manual_seed(0)
     dtype = next(model.parameters()).dtype
     module = graphopt.compile(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture import capture
-from graphopt.emit import onnx as emit_onnx
+from graphopt.emit import onnx_drafts
 from graphopt.emit.onnx_variants import separate_projections
 from graphopt.passes.merge_projections import MergeProjections
 from graphopt.pipeline import Context, run_pass
@@ -73,7 +73,7 @@ def test_the_faster_form_is_written(monkeypatch, tmp_path, new, attention) -> No
     fast = graphopt.compile(
         model, example_kwargs=inputs, dynamic_shapes=entry.dynamic_axes, measure=False
     )
-    monkeypatch.setattr(emit_onnx, "interleaved", lambda *_args, **_kw: Pace(1.0, new))
+    monkeypatch.setattr(onnx_drafts, "interleaved", lambda *_args, **_kw: Pace(1.0, new))
     result = graphopt.export_onnx(fast, tmp_path / "m.onnx")
     assert result.fusions.get("attention", 0) == attention
     assert result.error < 2e-5
@@ -84,6 +84,6 @@ def test_the_faster_form_is_written(monkeypatch, tmp_path, new, attention) -> No
 def test_nothing_is_timed_where_that_is_not_wanted(monkeypatch, tmp_path) -> None:
     entry = ENTRIES["bert"]
     fast = graphopt.compile(entry.build(), example_kwargs=entry.inputs(), measure=False)
-    monkeypatch.setattr(emit_onnx, "interleaved", lambda *_args, **_kw: pytest.fail("timed"))
+    monkeypatch.setattr(onnx_drafts, "interleaved", lambda *_args, **_kw: pytest.fail("timed"))
     result = graphopt.export_onnx(fast, tmp_path / "m.onnx", measure=False)
     assert result.notes == () and "attention" not in result.fusions
