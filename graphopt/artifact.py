@@ -116,12 +116,13 @@ def load(
     program = program_of(loaded)
     report = _facts(loaded).report
     report = Report(program.name) if report is None else Report.from_dict(report)
+    report.partition = None  # of the process that wrote the file
     module = OptimizedModule(program, report)
     if options.target == "onnxruntime":
         from graphopt.emit.ort.lowering import to_onnxruntime
 
-        to_onnxruntime(module, program, options)
-        return module
+        if to_onnxruntime(module, program, options):
+            return module
     executed = lay_out(module)
     if options.target == "inductor":
         from graphopt.emit.inductor import to_inductor

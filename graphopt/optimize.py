@@ -145,25 +145,31 @@ def optimize_program(
         )
     options.progress("emit")
     module = OptimizedModule(optimized, report, program)
-    from graphopt.emit.laid_out import lay_out
-
-    executed = None if options.target == "onnxruntime" else lay_out(module, options)
-    if options.target == "inductor":
-        from graphopt.emit.inductor import to_inductor
-
-        to_inductor(module, program, options, executed)
-    elif options.target == "onnxruntime":
-        from graphopt.emit.ort.lowering import to_onnxruntime
-
-        to_onnxruntime(module, program, options)
-    elif executed is None:
-        from graphopt.emit.onednn import to_onednn
-
-        to_onednn(module, options)
+    _to_target(module, program, options)
     if judge is not None:
         options.progress("quality")
         judge.hold(module)
     return module
+
+
+def _to_target(module: OptimizedModule, program: Program, options: Options) -> None:
+    """Let the module run as the target wants it; where nothing goes there, as torch does best."""
+    if options.target == "onnxruntime":
+        from graphopt.emit.ort.lowering import to_onnxruntime
+
+        if to_onnxruntime(module, program, options):
+            return
+    from graphopt.emit.laid_out import lay_out
+
+    executed = lay_out(module, options)
+    if options.target == "inductor":
+        from graphopt.emit.inductor import to_inductor
+
+        to_inductor(module, program, options, executed)
+    elif executed is None:
+        from graphopt.emit.onednn import to_onednn
+
+        to_onednn(module, options)
 
 
 class _Judge:

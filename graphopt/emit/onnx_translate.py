@@ -70,10 +70,13 @@ def translate(
         program = onnx_rotary.with_rotary(program)
     mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
     named = [f"updated_{i}" for i in range(mutated)] + list(outputs)
+    exported: Any = to_exported(_without_layouts(program))
+    # conditions by the names of the captured inputs; a program of one region has others
+    exported._guards_code = []
     try:
         with quiet():
             made: Any = torch.onnx.export(
-                to_exported(_without_layouts(program)),
+                exported,
                 dynamo=True,
                 input_names=list(inputs) if _all_tensors(program) else None,
                 output_names=named if _all_tensors(program) else None,

@@ -11,6 +11,7 @@ from graphopt.report.model import (
     Trade,
     json_schema,
 )
+from graphopt.report.partition import Partition, PartitionRegion, TorchPart
 from graphopt.report.quantized import (
     FloatWeight,
     OutputFidelity,
@@ -26,10 +27,13 @@ __all__ = [
     "MissedRewrite",
     "NodeView",
     "OutputFidelity",
+    "Partition",
+    "PartitionRegion",
     "PassSummary",
     "Quantization",
     "QuantizedLayer",
     "Report",
+    "TorchPart",
     "Trade",
     "json_schema",
 ]

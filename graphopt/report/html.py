@@ -22,6 +22,7 @@ from graphopt.report.groups import (
 )
 from graphopt.report.markup import Markup, join, prose, script_data, tag
 from graphopt.report.model import Report
+from graphopt.report.partition_page import partition_page
 from graphopt.report.quantized_page import quantized_page
 from graphopt.report.serial import plain
 from graphopt.report.tables import (
@@ -121,6 +122,7 @@ def _or(rows: Iterable[object], shown: Markup, otherwise: str) -> Markup:
 def _overview(report: Report) -> Markup:
     return join(
         tag("div", *_cards(totals(report)), class_="cards"),
+        partition_page(report),
         tag("h2", "Passes"),
         _or(report.passes, passes_table(report), "No pass ran."),
         tag("h2", "Applied"),

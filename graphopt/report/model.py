@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from graphopt.errors import LoadError
+from graphopt.report.partition import Partition
 from graphopt.report.quantized import Quantization
 from graphopt.report.serial import build, finite, plain
 
@@ -159,6 +160,7 @@ class Report:
     recipe: list[dict[str, Any]] = field(default_factory=list)
     trades: list[Trade] = field(default_factory=list)
     quantization: Quantization | None = None
+    partition: Partition | None = None
     graph_before: list[NodeView] = field(default_factory=list)
     graph_after: list[NodeView] = field(default_factory=list)
     schema: int = SCHEMA

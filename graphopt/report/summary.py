@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from graphopt.report.explain import missed_lines
 from graphopt.report.groups import applied_rules, missed_reasons, totals
 from graphopt.report.model import PassSummary, Report
+from graphopt.report.partition_text import (
+    COLUMNS,
+    partition_lines,
+    partition_rows,
+    title_text,
+)
 from graphopt.report.quantized_summary import (
     FORMATS,
     LAYERS,
@@ -47,6 +53,7 @@ def sections(report: Report, *, verbose: bool = False) -> list[Section]:
         _passes(report),
         _applied(report),
         _quantized(report),
+        _partition(report),
         _missed(report),
         _whole(report),
         Section("Notes", lines=tuple(report.notes)),
@@ -118,6 +125,12 @@ def _applied(report: Report) -> Section:
 def _quantized(report: Report) -> Section:
     lines = tuple(quantized_lines(report))
     return Section("Quantization", FORMATS, format_rows(report), lines)
+
+
+def _partition(report: Report) -> Section:
+    found = report.partition
+    title = title_text(found) if found is not None else ""
+    return Section(title, COLUMNS, partition_rows(found), tuple(partition_lines(found)))
 
 
 def _every_weight(report: Report) -> Section:

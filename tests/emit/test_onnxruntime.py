@@ -16,6 +16,7 @@ import graphopt
 from graphopt.emit.ort import lowering
 from graphopt.emit.ort.call import OrtRegion
 from graphopt.errors import GraphoptError, VerificationError
+from graphopt.verify.timing import Pace
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -27,7 +28,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.enter, self.norm, self.leave = nn.Linear(8, 40), nn.LayerNorm(40), nn.Linear(40, 3)
+        self.enter, self.norm, self.leave = nn.Linear(8, 400), nn.LayerNorm(400), nn.Linear(400, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.leave(nn.functional.gelu(self.norm(self.enter(x)))).softmax(-1)
@@ -245,8 +246,40 @@ def test_failing_sessions_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(fast(x), model(x))
 
 
-def test_a_region_that_is_not_faster_stays_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([(1.0, 2.0)])
-    monkeypatch.setattr(lowering, "_pace", lambda *_args: lowering.Pace(*next(seconds)))
+def timed(monkeypatch: pytest.MonkeyPatch, torch_: float, shared: float, packed: float) -> None:
+    """Let timings be these."""
+    seconds = {"torch": torch_, "shared": shared, "packed": packed}
+
+    def pace(old: nn.Module, new: nn.Module, _piece: Any) -> Pace:
+        return Pace(*(seconds[_kind(m)] for m in (old, new)))
+
+    monkeypatch.setattr(lowering, "_pace", pace)
+
+
+def _kind(module: nn.Module) -> str:
+    if not isinstance(module, OrtRegion):
+        return "torch"
+    return "packed" if module.settings.packed else "shared"
+
+
+@pytest.mark.parametrize("shared", [1.0, 1.2])
+def test_a_region_that_is_not_faster_stays_in_torch(
+    monkeypatch: pytest.MonkeyPatch, shared: float
+) -> None:
+    timed(monkeypatch, 1.0, shared, shared)
     fast = compiled(Net(), torch.randn(2, 4, 8), measure=True)
     assert not regions(fast)
+    (part,) = fast.report.partition.torch
+    assert "not faster in ONNX Runtime" in part.reason and part.operators["aten.linear"] == 2
+
+
+@pytest.mark.parametrize(("packed", "taken"), [(0.88, False), (0.7, True)])
+def test_copies_of_weights_must_be_worth_their_memory(
+    monkeypatch: pytest.MonkeyPatch, packed: float, taken: bool
+) -> None:
+    model, x = Net(), torch.randn(2, 4, 8)
+    timed(monkeypatch, 2.0, 0.9, packed)
+    fast = compiled(model, x, measure=True)
+    assert regions(fast)[0].settings.packed is taken
+    assert (fast.report.partition.regions[0].own_bytes > 320) is taken
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)

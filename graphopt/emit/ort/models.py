@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.onnx.errors import OnnxExporterError
 
 from graphopt.emit.onnx_drafts import Draft, best_draft
 from graphopt.emit.onnx_spelled import spelled_for_runtime
@@ -30,6 +31,7 @@ class RegionModel:
     Attributes:
         proto: the ONNX model, which names its large weights and does not hold them.
         weights: those, by name: the program's own tensors where they were taken as they are.
+        tables: names of weights of which only rows are read, which are never packed.
         inputs: names of the tensors that it takes, in the order of the program's user inputs.
         outputs: names of what it gives.
         tolerance: relative RMS that rounding of activations may change of its outputs.
@@ -39,6 +41,7 @@ class RegionModel:
 
     proto: bytes
     weights: Mapping[str, Tensor]
+    tables: frozenset[str]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     tolerance: float = 0.0
@@ -54,10 +57,15 @@ class RegionModel:
         }
         return replace(self, weights=weights)
 
-    def own_bytes(self, state: Iterable[Tensor]) -> int:
-        """Bytes of weights that are no tensor of ``state``: codes in the form of the model, say."""
+    def own_bytes(self, state: Iterable[Tensor], *, packed: bool) -> int:
+        """Bytes of weights that are no tensor of ``state``: codes in the form of the model, say.
+
+        Those that may be ``packed`` count, all of them.
+        """
         known = set(map(_memory, state))
-        return sum(t.nbytes for t in self.weights.values() if _memory(t) not in known)
+        own = (n for n, t in self.weights.items() if _memory(t) not in known)
+        copied = (n for n in self.weights if packed and n not in self.tables)
+        return sum(self.weights[name].nbytes for name in {*own, *copied})
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -82,9 +90,8 @@ def translate_region(
     spelled = spelled_for_runtime(program)
     try:
         draft = best_draft(spelled, names, fuse=fuse, verify=verify, measure=measure)
-    except (TypeError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ExportError(f"no ONNX translation: {type(error).__name__}: {first:.200}") from error
+    except Exception as error:  # of torch's exporter, which raises what it comes across
+        raise ExportError(_told(error), where=getattr(error, "where", None)) from error
     if fuse:
         read_as_stored(draft.model.model, program.state, INLINE)
     weights = _taken_out(draft.model.model)
@@ -92,11 +99,24 @@ def translate_region(
     return RegionModel(
         _serialized(draft),
         weights,
+        _tables(draft.model.model, weights),
         *names,
         lowering.tolerance,
         draft.fusions,
         (*lowering.notes(), *draft.notes),
     )
+
+
+def _told(error: BaseException) -> str:
+    """The innermost cause of a failed translation, on one line."""
+    if isinstance(error, ExportError) and not isinstance(error.__cause__, OnnxExporterError):
+        return error.what
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).strip().partition("\n")[0]
+    if "No ONNX function found" in first:
+        return "torch's ONNX exporter has no translation for it"
+    return f"no ONNX translation: {first:.200}"
 
 
 def _names(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -125,6 +145,12 @@ def _taken_out(model: Any) -> dict[str, Tensor]:
             ELSEWHERE, 0, tensor.nbytes, held.dtype, shape=held.shape, name=name, base_dir=""
         )
     return found
+
+
+def _tables(model: Any, weights: Iterable[str]) -> frozenset[str]:
+    values = {name: model.graph.initializers[name] for name in weights}
+    rows = (n for n, v in values.items() if all(u.node.op_type == "Gather" for u in v.uses()))
+    return frozenset(rows)
 
 
 def _tensor(held: Any) -> Tensor | None:

@@ -15,6 +15,8 @@ from graphopt.analysis.aliases import is_view
 from graphopt.analysis.flow import is_ordered
 from graphopt.emit.ort.programs import places, symbols_in
 from graphopt.program import Program, compute_nodes, is_mutating, val
+from graphopt.rewrite import arguments
+from graphopt.rewrite.subgraph import DROPOUT_P
 
 
 def refusals(program: Program, device: str) -> dict[fx.Node, str]:
@@ -35,21 +37,31 @@ def refusals(program: Program, device: str) -> dict[fx.Node, str]:
 def _refusal(node: fx.Node, sizes: set[sympy.Symbol], device: str) -> str | None:
     if node.target is getitem:
         return None  # stays with what it is an item of
+    if isinstance(val(node), torch.SymInt | torch.SymFloat | torch.SymBool):
+        return SIZES
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return "runs code of its own"
-    if is_ordered(node):
+    if is_ordered(node) and not _keeps_all(node):
         return "draws random numbers, which torch's generator has to give"
     if is_mutating(node.target):
         return "writes its input"
     values = [val(node), *map(val, node.all_input_nodes)]
     if not list(_tensors([values[0]])):
-        return SIZES if isinstance(val(node), torch.SymInt) else NO_TENSOR
+        return NO_TENSOR
     if why := next(filter(None, (_unfit(t, device) for t in _tensors(values))), None):
         return why
     if not all(symbols_in(v) <= sizes for v in values):
         return "its sizes depend on values, or are numbers that the call gives"
     others = [v for v in values[1:] if not isinstance(v, Tensor | list | tuple | torch.SymInt)]
     return "reads a Python value of the call" if others else None
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """Whether it would draw a dropout mask, and its probability is 0."""
+    if node.target not in DROPOUT_P:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return arguments(node)[names[DROPOUT_P[node.target]]] == 0
 
 
 SIZES = "computes with sizes, in Python"

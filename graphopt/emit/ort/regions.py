@@ -6,7 +6,7 @@ stay in torch, and the rest is put into regions again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import getitem
@@ -30,17 +30,17 @@ from graphopt.emit.ort.sessions import Session, Settings
 from graphopt.errors import ExportError
 from graphopt.program import Program, val
 from graphopt.rewrite.subgraph import extract as cut
-from graphopt.source import source_line
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Piece:
     """A region that ONNX Runtime takes.
 
     Attributes:
         extra: inputs of the program that it reads for their sizes alone.
         values: what a call of it was given on the captured inputs.
-        module: it, over shared weights.
+        module: it in ONNX Runtime.
+        seconds, torch_seconds: of a call, where that was timed.
     """
 
     region: Region
@@ -48,6 +48,8 @@ class Piece:
     model: RegionModel
     values: tuple[object, ...]
     module: OrtRegion
+    seconds: float | None = None
+    torch_seconds: float | None = None
 
 
 @dataclass
@@ -172,8 +174,3 @@ def without_last_views(region: Region) -> set[fx.Node]:
         if shares_memory(node) and kept.isdisjoint(node.users):
             kept.discard(node)
     return kept
-
-
-def where(nodes: Collection[fx.Node]) -> str | None:
-    """The user's line of the first node that has one."""
-    return next(filter(None, map(source_line, sorted(nodes))), None)

@@ -48,12 +48,10 @@ class Settings:
     Attributes:
         providers: full names, in the order of preference.
         packed: ONNX Runtime may keep copies of weights, packed for its products and folded.
-        mixed: torch computes between calls, and threads must not wait busily for the next one.
     """
 
     providers: tuple[str, ...]
     packed: bool = False
-    mixed: bool = False
 
 
 class Session:
@@ -122,14 +120,14 @@ def _options(weights: Mapping[str, Any], settings: Settings) -> Any:
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if CPU not in settings.providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    if settings.mixed:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
+    # torch computes between calls: threads must not wait busily for the next one
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not settings.packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
-        for name, value in weights.items():
-            options.add_initializer(name, value)
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
+    for name, value in weights.items():
+        options.add_initializer(name, value)
     return options
 
 
