@@ -29,12 +29,14 @@ MINIMUM = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 20)}
 
 @dataclass(frozen=True)
 class Health:
-    """Versions, the machine, and problems with what to do about each."""
+    """Versions, the machine, ONNX Runtime's execution providers, and problems with what to do about
+    each."""
 
     versions: dict[str, str | None]
     machine: dict[str, str]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    providers: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,16 +45,19 @@ class Health:
         """The findings in plain text."""
         rows = [f"{name:16} {found or 'not installed'}" for name, found in self.versions.items()]
         rows += [f"{name:16} {value}" for name, value in self.machine.items()]
+        rows += [f"{'providers':16} {', '.join(self.providers) or 'none: no ONNX Runtime'}"]
         rows += [f"note: {n}" for n in self.notes] + [f"problem: {p}" for p in self.problems]
         return [*rows, "no problems" if not self.problems else f"{len(self.problems)} problem(s)"]
 
 
 def examine() -> Health:
     """Look at packages, device and cache folder."""
+    from graphopt.emit.ort.providers import available_providers
+
     versions = {name: _version(name) for name in PACKAGES}
     problems = [*_too_old(versions), *_runtime_conflict(versions), *_cache_problem()]
     notes = [*_missing_extras(versions)]
-    return Health(versions, _machine(), tuple(problems), tuple(notes))
+    return Health(versions, _machine(), tuple(problems), tuple(notes), available_providers())
 
 
 def _version(package: str) -> str | None:

@@ -97,7 +97,9 @@ class Options:
                 object.__setattr__(self, "providers", resolve_providers(self.providers))
         elif self.providers is not None:
             raise GraphoptError(
-                f"providers have no meaning for target {self.target!r}", fix="leave providers out"
+                f"providers have no meaning for target {self.target!r}",
+                where="option providers",
+                fix="leave providers out, or take target='onnxruntime'",
             )
 
 

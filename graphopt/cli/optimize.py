@@ -91,6 +91,7 @@ def command(
         check_outputs(targets, [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure)
         options = replace(options, target=target, providers=providers or None)
+        _check_mode(target, train)
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
         options = replace(options, calibration=calibration_of(calibration, subject))
         options = replace(options, progress=step)
@@ -132,6 +133,15 @@ def _targets(outputs: tuple[str, ...], model: str, train: bool) -> list[Path]:
 
             check_target(path, training=train)
     return paths
+
+
+def _check_mode(target: str, train: bool) -> None:
+    if target == "onnxruntime" and train:
+        raise GraphoptError(
+            "ONNX Runtime computes no gradients, and takes no model in training mode",
+            where="--target",
+            fix="leave --train out, or take --target inductor",
+        )
 
 
 def _before_target(targets: list[Path], target: str) -> list[str]:

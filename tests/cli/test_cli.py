@@ -139,7 +139,11 @@ def test_inspect_passes_and_doctor(weights, capsys):
     assert status == 0 and json.loads(out)[0]["rules"]
     status, out, _ = run(capsys, "doctor", "--json")
     assert status == 0, out
-    assert json.loads(out)["versions"]["torch"]
+    found = json.loads(out)
+    assert found["versions"]["torch"]
+    if found["versions"]["onnxruntime"]:
+        assert "CPUExecutionProvider" in found["providers"]
+        assert "CPUExecutionProvider" in run(capsys, "doctor")[1]
 
 
 BAD = [

@@ -48,6 +48,7 @@ def call(capsys, *arguments):
     return status, *capsys.readouterr()
 
 
+ORT = ["optimize", "m.pt2", "--target", "onnxruntime"]
 REFUSED = [
     (["optimize", "m.pt2", "-o", "m.pt2"], "overwrite a file that it is made from"),
     (["optimize", "m.pt2", "--recipe", "r.yaml", "-o", "./r.yaml"], "overwrite"),
@@ -58,6 +59,10 @@ REFUSED = [
     (["explain", "m.pt2", "--recipe", "small"], "not available in this version"),
     (["export", "m.pt2", "--train"], "leave --train out"),
     (["optimize", "m.pt2", "--train", "-o", "a.onnx"], "leave --train out"),
+    (["optimize", "m.pt2", "--train", "--target", "onnxruntime"], "leave --train out"),
+    (["optimize", "m.pt2", "--provider", "cpu"], "leave providers out"),
+    ([*ORT, "--provider", "cpux"], "did you mean 'cpu'"),
+    ([*ORT, "--provider", "rknpuexecutionprovider"], "available here: "),
 ]
 
 
@@ -74,7 +79,9 @@ def test_refused_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, argum
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("arguments", [["export", "m.pt2"], ["optimize", "m.pt2", "-o", "a.onnx"]])
+@pytest.mark.parametrize(
+    "arguments", [["export", "m.pt2"], ["optimize", "m.pt2", "-o", "a.onnx"], ORT]
+)
 def test_a_missing_exporter_is_told_first(capsys, monkeypatch, arguments):
     monkeypatch.setattr("graphopt.emit.onnx_runtime.find_spec", lambda _name: None)
     monkeypatch.setattr("graphopt.cli.subject.load_model", None)
@@ -110,6 +117,25 @@ def test_a_pt2_holds_the_graph_before_inductor(capsys, monkeypatch):
     status, out, err = call(capsys, "optimize", "m.pt2", "-o", "z.pt2", *arguments)
     assert status == 0, err
     assert "z.pt2 holds the rewritten graph as it is before Inductor" in " ".join(out.split())
+
+
+def test_onnxruntime_as_the_target(capsys, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    arguments = ("--provider", "cpu", "--no-measure", "-o", "z.pt2", "-o", "z.json")
+    status, out, err = call(capsys, *ORT, *arguments)
+    assert status == 0, err
+    said = " ".join(out.split())
+    assert "ONNX Runtime: CPUExecutionProvider" in said and "1 region with" in said
+    assert "z.pt2 holds the whole rewritten graph" in said
+    found = json.loads((tmp_path / "z.json").read_text())["partition"]
+    assert found["providers"] == ["CPUExecutionProvider"] and len(found["regions"]) == 1
+    x = torch.randn(5, 6, 16)
+    plain = graphopt.load("z.pt2")
+    assert plain.report.partition is None
+    fast = graphopt.load("z.pt2", target="onnxruntime", providers=["cpu"], measure=False)
+    assert fast.report.partition.regions
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
 def test_an_export_that_was_not_compared_says_so(capsys):
