@@ -134,6 +134,22 @@ def test_a_written_weight_is_refused_at_the_next_call() -> None:
         fast(x)
 
 
+def test_a_session_reads_the_memory_of_torch_itself() -> None:
+    """Seen by a write that the module would refuse: what ONNX Runtime computes follows it."""
+    model, x = Net(), torch.randn(2, 4, 8)
+    fast = compiled(model, x, passes=[])
+    (region,) = regions(fast)
+    values = [*fast._arguments([x])]
+    given = [values[fast._graph.targets.index(name)] for _, name in region.layout.weights]
+    (before,) = region._run([x, *given])
+    with torch.no_grad():
+        for tensor in (model.enter.weight, model.enter.bias, model.leave.weight):
+            tensor.normal_()
+        (after,) = region._run([x, *given])
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, model(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("write", ["load_state_dict", "data"])
 def test_so_is_one_that_is_loaded_or_replaced(write: str) -> None:
     model, x = Net(), torch.randn(2, 4, 8)

@@ -221,8 +221,9 @@ def _wait_for(tensors: Sequence[Tensor]) -> None:
 
 
 def _taken_over(value: Any, dtype: torch.dtype) -> Tensor:
-    """A result in the memory that ONNX Runtime gave it."""
-    made = torch.from_dlpack(value)
+    """A result in the memory that ONNX Runtime gave it; a copy of it where that is an old one."""
+    shares = hasattr(value, "__dlpack__")
+    made = torch.from_dlpack(value) if shares else torch.from_numpy(value.numpy())
     return made if made.dtype is dtype else made.view(dtype)  # truth values may come as bytes
 
 
