@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphopt.emit import onnx_norms, onnx_rotary, onnx_sums
@@ -21,6 +21,8 @@ from graphopt.errors import ExportError
 from graphopt.program import Program
 from graphopt.signature import InputKind, OutputKind
 from graphopt.source import source_line
+
+aten = torch.ops.aten
 
 
 def input_names(program: Program) -> tuple[str, ...]:
@@ -94,11 +96,29 @@ def translate(
 
 
 def _without_layouts(program: Program) -> Program:
-    """The program with ``contiguous`` as a copy; the exporter drops it, and loses the name."""
+    """The program with ``contiguous`` as a copy; the exporter drops it, and loses the name.
+
+    Transposed values are copied before a reshape. The exporter makes views of reshapes by the
+    layout that attention has in torch, and then puts matrix products in its place, which have
+    another.
+    """
     twin = program.copy()
-    for node in twin.graph.find_nodes(op="call_function", target=torch.ops.aten.contiguous.default):
-        node.target, node.args, node.kwargs = torch.ops.aten.clone.default, node.args[:1], {}
+    for node in twin.graph.find_nodes(op="call_function", target=aten.contiguous.default):
+        node.target, node.args, node.kwargs = aten.clone.default, node.args[:1], {}
+    for target in (aten.reshape.default, aten.view.default):
+        for node in twin.graph.find_nodes(op="call_function", target=target):
+            if node.args[0].target in (aten.transpose.int, aten.permute.default):
+                _copy_before(node)
     return twin.recompile()
+
+
+def _copy_before(node: fx.Node) -> None:
+    source: Any = node.args[0]
+    form = {"memory_format": torch.contiguous_format}
+    with node.graph.inserting_before(node):
+        copied = node.graph.call_function(aten.clone.default, (source,), form)
+    copied.meta = {**source.meta, "val": source.meta["val"].clone(**form)}
+    node.replace_input_with(source, copied)
 
 
 def _all_tensors(program: Program) -> bool:

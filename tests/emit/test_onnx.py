@@ -159,3 +159,28 @@ def test_conditions_that_the_file_cannot_check_are_told(tmp_path):
     told = [n for n in result.notes if "the file cannot" in n]
     assert len(told) == len(module.program.assumptions) == 1
     assert "at least 2" in told[0]
+
+
+class Biased(nn.Module):
+    """Attention with a bias whose result is reshaped without a copy, as in T5."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.bias = nn.Linear(32, 96), nn.Parameter(torch.randn(1, 4, 1, 1))
+
+    def forward(self, x):
+        batch, length = x.shape[:2]
+        q, k, v = (
+            t.reshape(batch, length, -1, 8).transpose(1, 2) for t in self.enter(x).split(32, -1)
+        )
+        bias = self.bias.expand(batch, 4, length, length)
+        made = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return made.transpose(1, 2).reshape(batch, length, -1)
+
+
+def test_attention_that_is_reshaped_without_a_copy(tmp_path):
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    module = graphopt.compile(
+        Biased().eval(), example_inputs=(torch.randn(2, 5, 32),), dynamic_shapes=(axes,), passes=[]
+    )
+    assert graphopt.export_onnx(module, tmp_path / "net.onnx", measure=False).error < 2e-5

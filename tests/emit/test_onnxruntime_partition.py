@@ -309,6 +309,64 @@ def test_results_lie_in_memory_as_those_of_torch() -> None:
     check(fast, model, x)
 
 
+class Items(nn.Module):
+    """Items of tuples, some of which leave a region in the middle."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values, order = (x * 2).sort(-1)
+        first, second = values.exp().split([2, x.shape[1] - 2], 1)
+        return mirrored(order).abs(), mirrored(second) + second.log1p(), first.exp()
+
+
+def test_items_leave_regions() -> None:
+    model = Items()
+    fast = compiled(model, torch.randn(3, 6), dynamic_shapes=DYNAMIC)
+    assert in_regions(fast)
+    check(fast, model, torch.randn(4, 5))
+
+
+class Longest(nn.Module):
+    """Sizes that are the larger of two, and sizes of what is computed, on both sides of a cut."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        length = torch.sym_max(x.shape[1], y.shape[1])
+        wide = torch.cat([x.exp(), y.exp()], 1)
+        made = mirrored(wide) * wide.shape[1] + length
+        return made.reshape(wide.shape[0] * wide.shape[1]).log(), torch.ones(length) * 2
+
+
+def test_sizes_that_are_computed() -> None:
+    model = Longest()
+    dynamic = ({1: Dim.DYNAMIC}, {1: Dim.DYNAMIC})
+    fast = compiled(model, torch.rand(3, 6), torch.rand(3, 4), dynamic_shapes=dynamic)
+    assert len(in_regions(fast)) == 2
+    for first, second in ((6, 4), (2, 9)):
+        check(fast, model, torch.rand(3, first), torch.rand(3, second))
+
+
+class Chain(nn.Module):
+    """Regions that read each other's results, past what stands between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x
+        for layer in self.layers:
+            x = mirrored(layer(x).tanh()) + x
+            total = total + x
+        return total
+
+
+def test_regions_read_each_other() -> None:
+    model, x = Chain(), torch.randn(2, 8)
+    fast = compiled(model, x)
+    assert len(in_regions(fast)) == 5
+    check(fast, model, x)
+
+
 class Named(nn.Module):
     """Several outputs in a dict, one of them an input given back."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import getitem
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from graphopt.analysis.regions import Region
 from graphopt.conditions import compiled
+from graphopt.errors import ExportError
 from graphopt.program import Program, val
 from graphopt.room import extent
 from graphopt.signature import CallSpec, InputKind, OutputKind, ProgramInput, ProgramOutput
@@ -87,7 +89,7 @@ def _computed(size: Any, known: Mapping[sympy.Symbol, Place], graph: fx.Graph) -
     given = {name: fx.Proxy(node, tracer) for name, node in read.items()}
     try:
         made = compiled(PythonPrinter().doprint(expression), list(given))(**given)
-    except TypeError:  # a maximum, say, asks which of two is larger
+    except (TypeError, fx.proxy.TraceError):  # a maximum asks which of two is larger
         return None
     if not isinstance(made, fx.Proxy):
         return None
@@ -148,13 +150,10 @@ def region_program(
             state[target] = program.state[target]
     known = places(copies[n] for n in users)
     for node in region.inputs:
-        if node not in copies:
-            found = _computed(val(node), known, graph)
-            assert found is not None  # `nodes.refusal` leaves out what has no such form
-            copies[node] = found
+        _copy_size(node, known, graph, copies)
     for node in region.order:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[n] for n in region.outputs))
+    graph.output(tuple(_returned(copies[n]) for n in region.outputs))
     outputs = [ProgramOutput(OutputKind.USER) for _ in region.outputs]
     used = {s for n in (*users, *region.nodes) for s in symbols_in(val(n))}
     return Program(
@@ -168,6 +167,39 @@ def region_program(
         name=program.name,
         axis_names={s: n for s, n in program.axis_names.items() if s in used},
     )
+
+
+def _returned(node: fx.Node) -> fx.Node:
+    """A value as an output; an item by another name, as torch's exporter numbers items anew."""
+    if node.target is not getitem:
+        return node
+    copied = node.graph.call_function(aten.clone.default, (node,))
+    copied.meta = dict(node.meta)
+    return copied
+
+
+def _copy_size(
+    node: fx.Node,
+    known: Mapping[sympy.Symbol, Place],
+    graph: fx.Graph,
+    copies: dict[fx.Node, fx.Node],
+) -> None:
+    """Copy what computes a size, down to sizes of tensors, which are read off those at hand.
+
+    Raises:
+        ExportError: a tensor that it is the size of is not at hand.
+    """
+    if node in copies:
+        return
+    expression = val(node).node.expr
+    if isinstance(expression, sympy.Symbol) and expression in known:
+        copies[node] = _read(graph, *known[expression])
+        return
+    if any(isinstance(val(n), Tensor) for n in node.all_input_nodes) or node.op != "call_function":
+        raise ExportError(f"reads `{node.name}`, a size that its inputs do not have")
+    for read in node.all_input_nodes:
+        _copy_size(read, known, graph, copies)
+    copies[node] = graph.node_copy(node, copies.__getitem__)
 
 
 def _call(names: Sequence[str], outputs: int) -> CallSpec:

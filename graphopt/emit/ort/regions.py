@@ -6,6 +6,7 @@ stay in torch, and the rest is put into regions again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -119,7 +120,7 @@ class Placer:
             try:
                 self.known[region.nodes] = self._piece(region, extra[region], values)
             except ExportError as error:
-                self.reasons |= self._blamed(region) or dict.fromkeys(region.nodes, error.what)
+                self.reasons |= self._blamed(region, error)
         return [self.known[r.nodes] for r in regions if r.nodes in self.known]
 
     def _piece(
@@ -133,21 +134,45 @@ class Placer:
         given = tuple(values[n] for n in (*region.inputs, *extra))
         return Piece(region, extra, model, given, module)
 
-    def _blamed(self, region: Region) -> dict[fx.Node, str]:
-        """The nodes of a region that ONNX Runtime refuses by themselves, and why."""
+    def _blamed(self, region: Region, error: ExportError) -> dict[fx.Node, str]:
+        """The nodes of a refused region that must leave it, and why.
+
+        Those like the one that the error names, where they are refused by themselves too; else all
+        that are; else those like the one that it names, which must be to blame where they stand;
+        else the whole region.
+        """
+        named = _named(region, error)
+        found = self._refused(region, [n for n in region.order if self._alike(n, named)])
+        found = found or self._refused(region, region.order)
+        if found:
+            return found
+        alike = [i for n in region.order if self._alike(n, named) for i in _with_items(n)]
+        return dict.fromkeys(region.nodes.intersection(alike) or region.nodes, error.what)
+
+    def _refused(self, region: Region, nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
+        """Those of the nodes that ONNX Runtime refuses by themselves, and why."""
         found: dict[fx.Node, str] = {}
-        for node in region.order:
+        for node in nodes:
             if node.target is not getitem and (why := self._tried(node)) is not None:
-                found |= dict.fromkeys(_with_items(node), why)
+                found |= dict.fromkeys(region.nodes.intersection(_with_items(node)), why)
         return found
+
+    def _alike(self, node: fx.Node, named: fx.Node | None) -> bool:
+        """Whether a node is the named one, or one of its kind."""
+        if named is None or node.target is not named.target:
+            return False
+        return self._kind(node) == self._kind(named)
+
+    def _kind(self, node: fx.Node) -> str:
+        """Operator, literals, shapes and dtypes: what a trial of it depends on."""
+        items = _with_items(node)
+        return cut(self.program, list(items[-1:]), set(items)).structure
 
     def _tried(self, node: fx.Node) -> str | None:
         """Why ONNX Runtime does not take an operator on such values; None where it does."""
-        items = _with_items(node)
-        region = Region(frozenset(items))
-        kind = cut(self.program, list(items[-1:]), set(items)).structure
+        kind = self._kind(node)
         if kind not in self.kinds:
-            self.kinds[kind] = self._try(region)
+            self.kinds[kind] = self._try(Region(frozenset(_with_items(node))))
         return self.kinds[kind]
 
     def _try(self, region: Region) -> str | None:
@@ -160,6 +185,21 @@ class Placer:
         except ExportError as error:
             return error.what
         return None
+
+
+_NAME = re.compile(r"(?:%|\bnode_|\bOutput )([A-Za-z]\w*)")
+"""How nodes are named in messages: of fx, of ONNX Runtime, and of torch's exporter."""
+
+
+def _named(region: Region, error: BaseException) -> fx.Node | None:
+    """The first node of a region that an error, or what caused it, names; of an item its source."""
+    nodes = {n.name: n.args[0] if n.target is getitem else n for n in region.order}
+    cause = error.__cause__
+    texts = [str(error)]
+    while cause is not None:
+        texts, cause = [*texts, str(cause)], cause.__cause__
+    names = (name for text in reversed(texts) for name in _NAME.findall(text))
+    return next((nodes[name] for name in names if name in nodes), None)
 
 
 def _with_items(node: fx.Node) -> list[fx.Node]:
