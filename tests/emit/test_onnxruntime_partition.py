@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.export import Dim
 import graphopt
 from graphopt.emit.ort import models, regions
 from graphopt.emit.ort.call import OrtRegion
+from graphopt.emit.ort.programs import root_sizes
 from graphopt.errors import ExportError, GraphoptError
 from graphopt.report import Partition, TorchPart
 
@@ -257,12 +259,13 @@ def test_results_that_are_empty(rows: int) -> None:
     check(fast, model, torch.randn(rows, 3))
 
 
-def test_inputs_that_are_empty() -> None:
+def test_inputs_that_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module takes none along a dynamic axis, as with every target; a region would."""
     model, x = Halves(), torch.randn(0, 3)
     fast = compiled(model, torch.randn(2, 3), dynamic_shapes=({0: Dim.DYNAMIC},))
     with pytest.raises(GraphoptError, match="at least 1"):
         fast(x)
+    monkeypatch.setattr(OrtRegion, "_run", lambda *_values: pytest.fail("not in torch"))
     with torch.no_grad():
         torch.testing.assert_close(fast._graph(x), model(x))
     check(compiled(model, x), model, x)
@@ -342,6 +345,33 @@ def test_sizes_that_are_computed() -> None:
     assert len(in_regions(fast)) == 2
     for first, second in ((6, 4), (2, 9)):
         check(fast, model, torch.rand(3, first), torch.rand(3, second))
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return mirrored(x.exp()).reshape(x.shape[0] * x.shape[1]) + x.shape[1]
+
+
+def test_sizes_are_read_off_inputs_wherever_they_were_read() -> None:
+    program = graphopt.compile(
+        Flat().eval(), example_inputs=(torch.randn(2, 4),), dynamic_shapes=DYNAMIC, measure=False
+    ).program
+    made = next(n for n in program.graph.nodes if n.target is torch.ops.aten.exp.default)
+    reads = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    for read in reads:  # as rules do that know a value and not where it comes from
+        made.append(read)
+        read.args = (made, read.args[1])
+    product = next(n for n in program.graph.nodes if n.target is operator.mul)
+    with program.graph.inserting_after(product):
+        size = program.graph.call_function(torch.ops.aten.sym_numel.default, (made,))
+    size.meta["val"] = product.meta["val"]
+    product.replace_all_uses_with(size)
+    program.graph.erase_node(product)
+    root_sizes(program)
+    program.lint()
+    assert all(user.target is torch.ops.ort_tests.mirrored.default for user in made.users)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(program.run([x])[0], Flat()(x))
 
 
 class Chain(nn.Module):
