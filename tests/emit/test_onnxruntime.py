@@ -251,14 +251,21 @@ def test_wrong_results_at_other_sizes_alone_are_seen(monkeypatch: pytest.MonkeyP
         compiled(Net(), torch.randn(2, 4, 8), dynamic_shapes=DYNAMIC)
 
 
-def test_failing_sessions_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("always", [True, False])
+def test_failing_sessions_are_put_back(monkeypatch: pytest.MonkeyPatch, always: bool) -> None:
+    run = OrtRegion._run
+
     def failing(self: OrtRegion, values: Any) -> Any:
-        raise RuntimeError("no such luck")
+        if always or values[0].shape[0] != 2:
+            raise RuntimeError("no such luck")
+        return run(self, values)
 
     monkeypatch.setattr(OrtRegion, "_run", failing)
     model, x = Net(), torch.randn(2, 4, 8)
-    fast = compiled(model, x, strict=False)
-    assert any("no such luck" in note for note in fast.report.notes)
+    fast = compiled(model, x, strict=False, dynamic_shapes=DYNAMIC)
+    told = [p.reason for p in fast.report.partition.torch] if always else fast.report.notes
+    assert any("no such luck" in text for text in told)
+    assert not regions(fast)
     torch.testing.assert_close(fast(x), model(x))
 
 

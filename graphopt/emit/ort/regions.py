@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import getitem
 
+import torch
 from torch import fx
 
 from graphopt.analysis.flow import flow
@@ -132,6 +133,7 @@ class Placer:
         layout = layout_of(self.program, region, extra, model)
         module = OrtRegion(extract(region), model, self.settings, layout, weights)
         given = tuple(values[n] for n in (*region.inputs, *extra))
+        _try_once(module, given)
         return Piece(region, extra, model, given, module)
 
     def _blamed(self, region: Region, error: ExportError) -> dict[fx.Node, str]:
@@ -185,6 +187,20 @@ class Placer:
         except ExportError as error:
             return error.what
         return None
+
+
+def _try_once(module: OrtRegion, values: tuple[object, ...]) -> None:
+    """Run a region on the captured inputs.
+
+    Raises:
+        ExportError: that fails.
+    """
+    try:
+        with torch.no_grad():
+            module(*values)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ExportError(f"ONNX Runtime fails on the example inputs: {first:.200}") from error
 
 
 _NAME = re.compile(r"(?:%|\bnode_|\bOutput )([A-Za-z]\w*)")
