@@ -14,7 +14,7 @@ from graphopt.analysis.splice import replace_region
 from graphopt.emit.held import fault
 from graphopt.emit.module import OptimizedModule
 from graphopt.emit.onednn import fits, fused
-from graphopt.emit.onnx_quantized.calls import quantized_nodes, unrounded
+from graphopt.emit.onnx_quantized.calls import quantized_nodes
 from graphopt.emit.ort.account import partition_of, region_name
 from graphopt.emit.ort.call import OrtRegion
 from graphopt.emit.ort.nodes import return_views_apart
@@ -27,6 +27,7 @@ from graphopt.program import Program
 from graphopt.report.text import seconds_text
 from graphopt.room import WITH_GRADIENTS, crowded
 from graphopt.verify.timing import Pace, interleaved
+from graphopt.verify.unrounded import unrounded
 
 if TYPE_CHECKING:
     from graphopt.recipe import Options
