@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphopt.emit.onnx import EXTERNAL_ABOVE
+from graphopt.emit.onnx_drafts import EXTERNAL_ABOVE
 from graphopt.emit.onnx_runtime import open_session
 from graphopt.loading.findings import Limits, reading
 from graphopt.loading.onnx_files import check_external_data, read_onnx
