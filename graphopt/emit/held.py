@@ -46,15 +46,19 @@ def fault(
 def _measure(
     reference: Program, program: Program, inputs: Sequence[Any], lower: Lower, tolerance: float
 ) -> Measure:
-    """A program that rounds activations and is held to itself may differ from itself by as much as
-    it does from one that does not round them: see `unrounded`.
+    """Within the tolerance, or within a multiple of the reference's own error.
+
+    A program that rounds activations and is held to itself may differ from itself by as much as it
+    does from one that does not round them: see `unrounded`.
     """
+    held = partial(hold, reference, program, inputs, lower=lower)
     numeric = Numeric.LOSSY if tolerance else Numeric.REASSOCIATED
-    held = partial(hold, reference, program, inputs, numeric, tolerance, lower=lower)
-    found = _worst(held())
-    if found.ok or reference is not program or not rounds(program.graph):
-        return found
-    return _worst(held(reference=unrounded(program)))
+    found = _worst(held(numeric, tolerance))
+    if not found.ok and tolerance:
+        found = _worst(held(Numeric.REASSOCIATED))
+    if not found.ok and reference is program and rounds(program.graph):
+        found = _worst(held(Numeric.REASSOCIATED, reference=unrounded(program)))
+    return found
 
 
 def _worst(found: tuple[Measure, Measure | None]) -> Measure:
