@@ -19,7 +19,7 @@ from graphopt.emit.onnx_quantized.calls import Call
 from graphopt.emit.onnx_quantized.form import Form
 from graphopt.emit.onnx_quantized.forms import forms_of
 from graphopt.errors import ExportError
-from graphopt.kernels.quantized import Scheme, Static, linear, quantize
+from graphopt.kernels.quantized import QuantizedWeight, Scheme, Static, linear, quantize
 from graphopt.passes import QuantizeMatmul
 
 onnx = pytest.importorskip("onnx")
@@ -227,3 +227,22 @@ def test_notes_tell_what_was_tried() -> None:
     rounded = lowered(compiled(bits=4, activations=None), measure=False)
     assert 0.003 < rounded.tolerance < 0.05
     assert lowered(compiled(bits=4, group_size=8, activations=None)).tolerance == 0.0
+
+
+def test_few_rows_that_all_lie_in_one_direction_are_no_scale_that_is_off() -> None:
+    """As logits of one token, most of which is their mean: what rounding adds to that stays."""
+    torch.manual_seed(0)
+    codes = torch.randint(-127, 127, (1, 576)) + torch.randint(-1, 2, (2048, 576))
+    scales = torch.full((2048, 1), 0.01)  # and so all outputs are alike
+    weight = QuantizedWeight(Scheme(), 576, codes.clamp(-127, 127).to(torch.int8), scales)
+    call = Call("head", False, weight, "dynamic", torch.float32, tied=True)
+    tried = 0
+    for seed in range(20):
+        x = torch.randn(1, 576, generator=torch.Generator().manual_seed(seed))
+        own = difference(linear(x, weight, activations="dynamic"), exact(call, x))[0]
+        for form in forms_of(call, standard=False, opset=18):
+            if "accuracy 4" in form.name:
+                trial = attempt(form, call, x, 18, own)
+                tried += abs(trial.gain - 1) > 2e-3 + 5 * trial.error / 2048**0.5
+                assert "scale" not in trial.fault
+    assert tried > 0, "without more rows one would have been taken for wrong"

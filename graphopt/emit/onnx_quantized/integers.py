@@ -105,3 +105,14 @@ def block_sizes(found: Integers) -> list[int]:
     if group == width:
         return [s for s in sizes if s <= max(width, 16)]
     return [s for s in sizes if group % s == 0]
+
+
+def whole_blocks(found: Integers) -> list[int]:
+    """The largest block that leaves no codes over at the end of a row, or the largest there is.
+
+    What is over takes bytes, and the numbers of a block that activations are rounded by are fewer.
+    Empty where no block cuts groups evenly.
+    """
+    sizes, width = block_sizes(found), found.codes.shape[1]
+    even = [s for s in sizes if width % s == 0] if found.group == width else []
+    return (even or sizes)[:1]

@@ -24,6 +24,7 @@ from graphopt.emit.onnx_quantized.integers import (
     in_blocks,
     pairs,
     per_block,
+    whole_blocks,
 )
 from graphopt.kernels.quantized import packing
 
@@ -34,9 +35,9 @@ INT8, FLOAT = 4, 1
 def products(call: Call, found: Integers) -> Iterator[Form]:
     """Forms of a product, those first that are fast for one row."""
     sizes = block_sizes(found)
-    if not call.tied and len(sizes) > 2 and found.group == call.weight.width:
-        sizes = [sizes[0], 32] if sizes[0] > 32 else sizes[:1]
-    chosen = sizes if found.group == call.weight.width and not call.tied else sizes[:1]
+    chosen = whole_blocks(found)  # rows may be read by the same bytes: see `rows`
+    if not call.tied and found.group == call.weight.width:
+        chosen = [sizes[0], 32] if sizes[0] > 32 and len(sizes) > 2 else sizes
     for level in (INT8, FLOAT):
         for block in chosen:
             yield Form(
@@ -115,7 +116,7 @@ def without_zeros(emit: Emitter, given: Product, found: Integers, made: Any) -> 
 
 def rows(call: Call, found: Integers) -> Iterator[Form]:
     """`GatherBlockQuantized`, on the blocks that a product on the same weight reads."""
-    for block in block_sizes(found)[:1]:
+    for block in whole_blocks(found):
         if call.scheme.dtype == "int":
             yield Form(
                 f"GatherBlockQuantized({found.bits} bits, blocks of {block})",
