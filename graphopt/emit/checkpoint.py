@@ -95,7 +95,7 @@ def export_huggingface(
     """
     program = _checked(module, format)
     model, origin = _source(source)
-    target, beside = Path(folder), _files_beside(origin)
+    target, beside = Path(folder), files_beside(origin)
     found = recovered(program, model)
     if not found.products:
         raise ExportError(
@@ -170,7 +170,8 @@ def _write(
     )
 
 
-def _files_beside(origin: Path | None) -> list[Path]:
+def files_beside(origin: Path | None) -> list[Path]:
+    """Tokenizer, templates and processors of a folder; nothing that would run."""
     if origin is None or not origin.is_dir():
         return []
     found = {f for pattern in _BESIDE for f in origin.glob(pattern) if f.is_file()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.emit.module import OptimizedModule
-from graphopt.emit.onnx_drafts import best_draft, save_model
+from graphopt.emit.onnx_drafts import Names, best_draft, save_model
 from graphopt.emit.onnx_quantized import calls_of
 from graphopt.emit.onnx_runtime import compare_with_runtime, require
 from graphopt.emit.onnx_spelled import spelled_for_runtime
@@ -62,6 +62,7 @@ def export_onnx(
     fuse: bool = True,
     verify: bool = True,
     measure: bool = True,
+    names: Names | None = None,
 ) -> OnnxResult:
     """Write ``module`` as an ONNX file that ONNX Runtime was seen to run with equal outputs.
 
@@ -71,18 +72,20 @@ def export_onnx(
         fuse: apply ONNX Runtime's operator fusions (operators of ``com.microsoft``).
         verify: run the file in ONNX Runtime on captured and on unseen sizes before it is put in
             place.
+        names: what the file calls its tensor inputs and its outputs, in their flat order; by
+            default as the model does.
 
     Raises:
         ExportError: ``path`` does not end in ``.onnx``, the module trains, an operator has no
-            translation (named, with its line), or the exporter does not write that ``opset`` for
-            this model.
+            translation (named, with its line), ``names`` are too few or too many, or the exporter
+            does not write that ``opset`` for this model.
         VerificationError: ONNX Runtime's outputs are not those of the module.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
     check_target(path, verify=verify)
     program = _exportable(module)
     _check_opset(opset)
-    names = input_names(program), output_names(program)
+    names = _names(program, names)
     draft = best_draft(program, names, fuse=fuse, opset=opset, verify=verify, measure=measure)
     lowering = draft.lowering
     _check_opset(opset, draft.model.model.opset_imports.get(""))
@@ -118,6 +121,20 @@ def check_target(path: str | Path, *, training: bool = False, verify: bool = Tru
             fix="leave --train out",
         )
     require("onnxscript", "onnx", *(["onnxruntime"] if verify else []))
+
+
+def _names(program: Program, given: Names | None) -> Names:
+    own = input_names(program), output_names(program)
+    if given is None:
+        return own
+    for kind, names, wanted in zip(("inputs", "outputs"), given, own, strict=True):
+        if len(names) != len(wanted) or len(set(names)) != len(names):
+            raise ExportError(
+                f"{len(names)} names for {len(wanted)} {kind}, each of which has one of its own",
+                where="names",
+                fix=f"name {', '.join(wanted)} in this order",
+            )
+    return given
 
 
 def _check_opset(opset: int | None, written: int | None = None) -> None:

@@ -34,6 +34,7 @@ class Draft:
 
 
 Names = tuple[tuple[str, ...], tuple[str, ...]]
+"""Of the inputs and of the outputs of a file."""
 
 
 def best_draft(
