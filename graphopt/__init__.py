@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from graphopt.artifact import load, save
     from graphopt.emit.checkpoint import export_huggingface
     from graphopt.emit.onnx import export_onnx
+    from graphopt.emit.onnx_folder import export_onnx_folder
     from graphopt.errors import GraphoptError
     from graphopt.onnx_files.optimize import optimize_onnx
     from graphopt.optimize import compile, explain
@@ -28,6 +29,7 @@ _HOMES = {
     "explain": "graphopt.optimize",
     "export_huggingface": "graphopt.emit.checkpoint",
     "export_onnx": "graphopt.emit.onnx",
+    "export_onnx_folder": "graphopt.emit.onnx_folder",
     "load": "graphopt.artifact",
     "optimize_onnx": "graphopt.onnx_files.optimize",
     "register_backend": "graphopt.registered",
@@ -41,6 +43,7 @@ __all__ = [
     "explain",
     "export_huggingface",
     "export_onnx",
+    "export_onnx_folder",
     "load",
     "optimize_onnx",
     "register_backend",

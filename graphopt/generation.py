@@ -1,9 +1,10 @@
 """Text from an ONNX file that decodes, by transformers' own ``generate``.
 
 The class is a model to `transformers.GenerationMixin`, which brings every way of decoding and all
-processors of logits, and asks a ``PreTrainedModel`` for more in every release; so it is one, without
-weights of its own, and its forward is a run of the file in ONNX Runtime. Keys and values stay where ONNX Runtime wrote
-them: tensors are bound to its inputs and outputs by their memory, and none is copied in between.
+processors of logits, and asks a ``PreTrainedModel`` for more in every release; so it is one,
+without weights of its own, and its forward is a run of the file in ONNX Runtime. Keys and values
+stay where ONNX Runtime wrote them: tensors are bound to its inputs and outputs by their memory, and
+none is copied in between.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     ``generate`` is that of transformers: greedy (``do_sample=False``), sampled (``temperature``,
     ``top_k``, ``top_p``; `torch.manual_seed` before it repeats what is drawn), beams,
-    ``max_new_tokens``, stopping criteria, streamers, and batches that are padded on their left, with
-    their ``attention_mask``.
+    ``max_new_tokens``, stopping criteria, streamers, and batches that are padded on their left,
+    with their ``attention_mask``.
 
     Args:
         folder: with ``model.onnx`` and ``config.json``, such as `graphopt.export_onnx_folder` or
@@ -121,7 +122,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache: Any = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        return_dict: bool | None = None,
+        return_dict: bool = True,
     ) -> Any:
         """Logits of tokens, and the cache with their keys and values in it.
 
@@ -133,7 +134,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             cache: a ``transformers.DynamicCache``, which is written; ``past_key_values`` is the
                 same.
             use_cache: whether the output has a cache.
-            return_dict: outputs are of one class whatever it says.
+            return_dict: if not, a tuple is given.
 
         Returns:
             ``CausalLMOutputWithPast`` with ``logits`` ``(B, T, V)``.
@@ -145,7 +146,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         rows, count = input_ids.shape
         past = self._past(given, rows)
         seen = past[0].shape[2] + count
-        mask = torch.ones(rows, seen, dtype=torch.int64) if attention_mask is None else attention_mask
+        mask = attention_mask if attention_mask is not None else input_ids.new_ones(rows, seen)
         if mask.shape != (rows, seen):
             raise GraphoptError(
                 f"attention_mask is {tuple(mask.shape)}, for {rows} rows of {seen} positions: "
@@ -158,9 +159,9 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
         values["position_ids"] = position_ids.expand(rows, count)
         logits, present = self._run(values, past)
-        if use_cache is False:
-            return CausalLMOutputWithPast(logits=logits)
-        return CausalLMOutputWithPast(logits=logits, **{_FIELD: self._kept(given, present)})
+        kept = {} if use_cache is False else {_FIELD: self._kept(given, present)}
+        output = CausalLMOutputWithPast(logits=logits, **kept)
+        return output if return_dict else output.to_tuple()
 
     def _past(self, cache: Any, rows: int) -> list[Tensor]:
         """Keys and values of the layers in turn, ``(B, heads, P, width)``; P may be 0."""
@@ -178,7 +179,9 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             )
         return [t.contiguous() for t in found]
 
-    def _run(self, values: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _run(
+        self, values: Mapping[str, Tensor], past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         """One run of the file, which writes into tensors that are made here."""
         rows, count = values["input_ids"].shape
         seen = past[0].shape[2] + count
@@ -218,9 +221,7 @@ def _open(path: Path, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         first = str(error).splitlines()[0]
         raise LoadError(f"ONNX Runtime cannot load the file: {first}", where=str(path)) from error
@@ -246,7 +247,8 @@ def _layers(inputs: Mapping[str, Any], outputs: Mapping[str, Any], path: Path) -
     strange = sorted(set(inputs) - known)
     missing = sorted((set(found) - set(inputs)) | (wanted - set(outputs)))
     if strange or missing or not found or "input_ids" not in inputs:
-        told = f"takes {strange[0]!r}" if strange else f"has no {(missing or [PAST + '.0.key'])[0]!r}"
+        lacks = (missing or [f"{PAST}.0.key"])[0]
+        told = f"takes {strange[0]!r}" if strange else f"has no {lacks!r}"
         raise LoadError(
             f"the file {told}, and is none for prompts and tokens behind a cache",
             where=str(path),

@@ -1,11 +1,11 @@
-"""A Hugging Face causal language model, called with a cache: example inputs, and names in a file."""
+"""A Hugging Face causal language model called with a cache: example inputs, names in a file."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,31 @@ def decoding(model: nn.Module, tokenizer: Callable[..., Any] | None = None) -> D
     outputs = _output_names(model, {**kwargs, argument: copy.deepcopy(cache)})
     inputs = Inputs({**kwargs, argument: cache, "use_cache": True}, dynamic)
     return Decoding(inputs, (*kwargs, *named), outputs)
+
+
+def whole_sequences(example: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+    """A decoding call like the example, of whole sequences ``(B, S)``.
+
+    They stand behind one position that is masked, as if they were padded on their left: the
+    program of a cache has at least one.
+    """
+    rows, length = ids.shape
+    seen = torch.cat([ids.new_zeros(rows, 1), ids.new_ones(rows, length)], 1)
+    kwargs = {**example, "input_ids": ids, "attention_mask": seen}
+    if "position_ids" in example:
+        kwargs["position_ids"] = torch.arange(length).expand(rows, length).contiguous()
+    for name in CACHE_ARGUMENTS:
+        if name in example:
+            kwargs[name] = copy.deepcopy(example[name])
+            for layer in kwargs[name].layers:
+                layer.keys = _one_position(layer.keys, rows)
+                layer.values = _one_position(layer.values, rows)
+    return kwargs
+
+
+def _one_position(tensor: Tensor, rows: int) -> Tensor:
+    """The first position of the first row, for all rows: ``(B, heads, 1, width)``."""
+    return tensor[:1, :, :1].repeat(rows, 1, 1, 1)
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphopt.cli.subject import Subject
 from graphopt.errors import GraphoptError
+from graphopt.huggingface_decoding import CACHE_ARGUMENTS, whole_sequences
 from graphopt.huggingface_inputs import tokenizer_of
 from graphopt.inputs import from_file
 
@@ -75,10 +76,14 @@ def _text(path: str, subject: Subject) -> list[dict[str, Any]]:
             where=f"--calibration {path}",
             fix="give a longer text",
         )
-    return [
-        {name: _like(name, value, ids[start : start + size]) for name, value in example.items()}
-        for start in range(0, len(ids) - len(ids) % size, size)
-    ]
+    starts = range(0, len(ids) - len(ids) % size, size)
+    return [_batch(example, ids[start : start + size]) for start in starts]
+
+
+def _batch(example: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+    if any(name in example for name in CACHE_ARGUMENTS):
+        return whole_sequences(example, ids)
+    return {name: _like(name, value, ids) for name, value in example.items()}
 
 
 def _longest(subject: Subject) -> int:

@@ -1,12 +1,14 @@
-"""``graphopt export MODEL``: an ONNX file, or a Hugging Face folder with quantized weights."""
+"""``graphopt export MODEL``: an ONNX file, a folder around one, or one with quantized weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from torch import nn
 
 from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
@@ -16,7 +18,14 @@ from graphopt.cli.subject import Subject, load_subject, options_from
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError
 
+if TYPE_CHECKING:
+    from graphopt.emit.onnx_folder import FolderPlan
+    from graphopt.program import Program
+
 FOLDERS = ("compressed-tensors", "gptq")
+OPTIMUM = "optimum"
+
+Write = Callable[[OptimizedModule], tuple[dict[str, object], list[str]]]
 
 
 @click.command("export")
@@ -27,10 +36,12 @@ FOLDERS = ("compressed-tensors", "gptq")
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["onnx", *FOLDERS]),
+    type=click.Choice(["onnx", OPTIMUM, *FOLDERS]),
     default="onnx",
     show_default=True,
-    help="ONNX, or a Hugging Face folder whose quantized layers other programs serve.",
+    help="An ONNX file; optimum: a folder around one that optimum, sentence-transformers, "
+    "onnxruntime-genai and graphopt.generation load, of a language model with its cache; or a "
+    "Hugging Face folder whose quantized layers other programs serve.",
 )
 @click.option("--opset", type=int, help="ONNX operator set; the exporter's own by default.")
 @click.option("--fuse/--no-fuse", default=True, help="ONNX Runtime's operator fusions.")
@@ -55,34 +66,29 @@ def command(
     verify: bool,
 ) -> None:
     """Write MODEL as ONNX or as a Hugging Face folder, compared before it is put in place."""
-    from graphopt.emit.onnx import check_program, check_target, export_onnx
+    from graphopt.emit.onnx import check_program
     from graphopt.optimize import optimize_program
 
     with progress("export", quiet=as_json) as step:
         path = Path(output or f"{stem_of(model)}{'.onnx' if form == 'onnx' else f'-{form}'}")
-        if form == "onnx":
-            check_target(path, training=train, verify=verify)
-        else:
-            _check_folder(path, opset, train)
+        _check_target(path, form, opset, train, verify, inputs)
         check_outputs([path], [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
+        plan = _plan(subject) if form == OPTIMUM else None
+        if plan is not None:
+            subject = replace(subject, inputs=plan.inputs)
         options = replace(options, calibration=calibration_of(calibration, subject))
-        write = _folder_writer(subject, path, form, verify) if form != "onnx" else None
+        folder = _folder_writer(subject, path, form, verify) if form in FOLDERS else None
         step("capture")
         program, eager = subject.capture()
-        if write is None:
+        if folder is None:
             check_program(program)
         module = optimize_program(program, replace(options, progress=step), eager=eager)
-        if write is None:
-            step("translate and compare in ONNX Runtime")
-            result = export_onnx(
-                module, path, opset=opset, fuse=fuse, verify=verify, measure=measure
-            )
-            facts, lines = result.to_dict(), result.lines()
-        else:
-            step("write the folder and read it back")
-            facts, lines = write(module)
+        settings = {"opset": opset, "fuse": fuse, "verify": verify, "measure": measure}
+        write = folder or _onnx_writer(path, plan, program, settings)
+        step("write and read back" if folder else "translate and compare in ONNX Runtime")
+        facts, lines = write(module)
     if as_json:
         print_json(facts)
         return
@@ -90,17 +96,27 @@ def command(
         click.echo(line)
 
 
-def _check_folder(path: Path, opset: int | None, train: bool) -> None:
+def _check_target(
+    path: Path, form: str, opset: int | None, train: bool, verify: bool, inputs: str | None
+) -> None:
     """Refuse at once what would be refused after capture and optimization."""
-    if opset is not None:
+    from graphopt.emit.onnx import check_target
+
+    if form not in FOLDERS:
+        check_target(path if form == "onnx" else path / "model.onnx", training=train, verify=verify)
+    if form == OPTIMUM and inputs is not None:
+        raise GraphoptError(
+            "the layout decides which inputs the file has", where="--inputs", fix="leave it out"
+        )
+    if form in FOLDERS and opset is not None:
         raise GraphoptError(
             "a Hugging Face folder has no operator set", where="--opset", fix="leave it out"
         )
-    if train:
+    if form in FOLDERS and train:
         raise GraphoptError(
             "a model that trains has no quantized weights", where="--train", fix="leave it out"
         )
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if form != "onnx" and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise GraphoptError(
             "there are files already where the folder is to be written",
             where=f"--output {path}",
@@ -108,12 +124,16 @@ def _check_folder(path: Path, opset: int | None, train: bool) -> None:
         )
 
 
-def _folder_writer(
-    subject: Subject, path: Path, form: str, verify: bool
-) -> Callable[[OptimizedModule], tuple[dict[str, object], list[str]]]:
-    """What writes the folder; only a Hugging Face model has one."""
-    from graphopt.emit.checkpoint import export_huggingface
+def _plan(subject: Subject) -> FolderPlan:
+    """How a Hugging Face model is called in its folder; no other model has one."""
+    from graphopt.emit.onnx_folder import plan_folder
+    from graphopt.huggingface_inputs import tokenizer_of
 
+    module, source = _huggingface(subject, OPTIMUM)
+    return plan_folder(module, source, tokenizer_of(subject.loaded))
+
+
+def _huggingface(subject: Subject, form: str) -> tuple[nn.Module, Path]:
     source = subject.module
     if subject.loaded.kind != "huggingface" or source is None:
         raise GraphoptError(
@@ -121,6 +141,31 @@ def _folder_writer(
             where=str(subject.loaded.source),
             fix="give a Hugging Face folder, or a .gguf file",
         )
+    return source, subject.loaded.source
+
+
+def _onnx_writer(
+    path: Path, plan: FolderPlan | None, captured: Program, settings: dict[str, Any]
+) -> Write:
+    from graphopt.emit.onnx import export_onnx
+    from graphopt.emit.onnx_folder import write_folder
+
+    def write(module: OptimizedModule) -> tuple[dict[str, object], list[str]]:
+        result: Any = (
+            export_onnx(module, path, **settings)
+            if plan is None
+            else write_folder(module, captured, path, plan, **settings)
+        )
+        return result.to_dict(), result.lines()
+
+    return write
+
+
+def _folder_writer(subject: Subject, path: Path, form: str, verify: bool) -> Write:
+    """What writes the folder; only a Hugging Face model has one."""
+    from graphopt.emit.checkpoint import export_huggingface
+
+    source, _ = _huggingface(subject, form)
 
     def write(module: OptimizedModule) -> tuple[dict[str, object], list[str]]:
         result = export_huggingface(module, path, source, format=form, verify=verify)

@@ -15,8 +15,11 @@ from torch.utils import _pytree as pytree
 from graphopt.huggingface_decoding import Decoding
 
 TYPES = frozenset(
-    "chatglm ernie4_5 gemma gemma2 gemma3_text gpt2 granite internlm2 llama mistral nemotron olmo phi "
-    "phi3 phimoe qwen2 qwen3 smollm3".split()
+    {
+        *("chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "internlm2"),
+        *("llama", "mistral", "nemotron", "olmo", "phi", "phi3", "phimoe", "qwen2", "qwen3"),
+        "smollm3",
+    }
 )
 """Kinds of models that it knows by the name that transformers has for them (``model_type.h``);
 others are a ``decoder``."""

@@ -61,8 +61,7 @@ class OnnxFolder:
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data."""
-        facts = {**asdict(self), "path": str(self.path), "file": self.file.to_dict()}
-        return facts
+        return {**asdict(self), "path": str(self.path), "file": self.file.to_dict()}
 
 
 @dataclass(frozen=True)
