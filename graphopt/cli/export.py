@@ -77,7 +77,7 @@ def command(
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
         plan = _plan(subject) if form == OPTIMUM else None
         if plan is not None:
-            subject = replace(subject, inputs=plan.inputs)
+            subject = replace(subject, module=plan.model, inputs=plan.inputs)
         options = replace(options, calibration=calibration_of(calibration, subject))
         folder = _folder_writer(subject, path, form, verify) if form in FOLDERS else None
         step("capture")
@@ -100,10 +100,11 @@ def _check_target(
     path: Path, form: str, opset: int | None, train: bool, verify: bool, inputs: str | None
 ) -> None:
     """Refuse at once what would be refused after capture and optimization."""
-    from graphopt.emit.onnx import check_target
+    from graphopt.emit.onnx import check_opset, check_target
 
     if form not in FOLDERS:
         check_target(path if form == "onnx" else path / "model.onnx", training=train, verify=verify)
+        check_opset(opset)
     if form == OPTIMUM and inputs is not None:
         raise GraphoptError(
             "the layout decides which inputs the file has", where="--inputs", fix="leave it out"

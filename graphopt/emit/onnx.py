@@ -84,11 +84,11 @@ def export_onnx(
     """
     check_target(path, verify=verify)
     program = _exportable(module)
-    _check_opset(opset)
+    check_opset(opset)
     names = _names(program, names)
     draft = best_draft(program, names, fuse=fuse, opset=opset, verify=verify, measure=measure)
     lowering = draft.lowering
-    _check_opset(opset, draft.model.model.opset_imports.get(""))
+    check_opset(opset, draft.model.model.opset_imports.get(""))
     draft.model.model.metadata_props["graphopt"] = _metadata(module)
     target, conditions = Path(path), program.assumptions
     with atomic_path(target) as temporary:
@@ -137,8 +137,12 @@ def _names(program: Program, given: Names | None) -> Names:
     return given
 
 
-def _check_opset(opset: int | None, written: int | None = None) -> None:
-    """Refuse an operator set that onnx does not know, or that is not the one ``written``."""
+def check_opset(opset: int | None, written: int | None = None) -> None:
+    """Refuse an operator set that onnx does not know, or that is not the one ``written``.
+
+    Raises:
+        ExportError: says which.
+    """
     if opset is None or opset == written:
         return
     from onnx.defs import onnx_opset_version

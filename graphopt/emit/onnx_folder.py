@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphopt.emit.checkpoint import files_beside
@@ -54,7 +55,8 @@ class OnnxFolder:
     def lines(self) -> list[str]:
         """What was written, in words."""
         told = [f"wrote {self.path} for {self.task}: {', '.join(self.files)}"]
-        told += self.file.lines()[1:]
+        told.append(f"inputs: {_few(self.file.inputs)}; outputs: {_few(self.file.outputs)}")
+        told += self.file.lines()[2:]
         if self.walked is not None:
             told.append(f"prompts and tokens behind them: relative error {self.walked:.1e}")
         return [*told, *self.notes]
@@ -64,11 +66,17 @@ class OnnxFolder:
         return {**asdict(self), "path": str(self.path), "file": self.file.to_dict()}
 
 
+def _few(names: tuple[str, ...]) -> str:
+    """Names without those of the layers between the first and the last."""
+    return ", ".join(names if len(names) < 10 else [*names[:4], "...", names[-1]])
+
+
 @dataclass(frozen=True)
 class FolderPlan:
     """How a model is captured for its folder, before anything is.
 
     Attributes:
+        model: as it was given, or a copy in float32 of one in bfloat16.
         decoder: the call with a cache; None where nothing is generated.
         origin: the folder that the model came from.
         tokenizer: written into the folder where the origin has none.
@@ -92,12 +100,21 @@ def plan_folder(model: nn.Module, origin: Path | None = None, tokenizer: Any = N
         GraphoptError: no inputs are known for it.
     """
     _check_model(model)
+    model, notes = _in_float(model)
     missing = "no tokenizer was found beside the model: none is in the folder"
-    rest = (origin, tokenizer, (missing,) if tokenizer is None else ())
+    rest = (origin, tokenizer, (*notes, missing) if tokenizer is None else notes)
     if is_causal(model):
         found = decoding(model, tokenizer)
         return FolderPlan(model, "text-generation", found.inputs, found, *rest)
     return FolderPlan(model, _task(model), huggingface_inputs(model, tokenizer), None, *rest)
+
+
+def _in_float(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model in a dtype that ONNX Runtime has products of on a CPU; float32 holds bfloat16."""
+    if model.dtype != torch.bfloat16:
+        return model, ()
+    told = "weights were bfloat16 and are float32 in the file: ONNX Runtime has no such products"
+    return copy.deepcopy(model).float(), (told,)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -220,7 +237,7 @@ def export_onnx_folder(
     plan, told = plan_folder(model, origin, tokenizer), progress or (lambda _text: None)
     options = Options(resolve(passes), calibration, strict=strict, measure=measure, progress=told)
     told("capture")
-    captured, eager = capture_model(model, (), plan.inputs.kwargs, plan.inputs.dynamic)
+    captured, eager = capture_model(plan.model, (), plan.inputs.kwargs, plan.inputs.dynamic)
     check_program(captured)
     module = optimize_program(captured, options, eager=eager)
     told("translate and compare in ONNX Runtime")

@@ -96,7 +96,7 @@ def test_nothing_is_left_where_the_file_is_wrong(tmp_path: Path, monkeypatch: An
 
     monkeypatch.setattr(onnx_folder, "hold_decoder", wrong)
     with pytest.raises(VerificationError):
-        export_onnx_folder(llama(), tmp_path / "out", passes=[], measure=False)
+        export_onnx_folder(llama(num_hidden_layers=1), tmp_path / "out", passes=[], measure=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -171,6 +171,14 @@ def test_what_has_no_such_folder_is_refused(build: Any, kind: Any, told: str) ->
 def test_a_layer_of_another_kind_is_named() -> None:
     with pytest.raises(CaptureError, match=r"keeps a LinearAttention.*keys and values of every"):
         refuse_other_caches(hybrid())
+
+
+def test_bfloat16_is_held_in_float32(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1).bfloat16()
+    result = export_onnx_folder(model, tmp_path / "out", passes=[], measure=False)
+    assert any("weights were bfloat16" in line for line in result.lines())
+    assert model.dtype == torch.bfloat16 and result.walked is not None and result.walked < 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_names_fit_the_file(tmp_path: Path) -> None:
