@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt import huggingface
+from graphopt.capture_errors import first_line
 from graphopt.errors import CaptureError
 from graphopt.huggingface_inputs import SENTENCES
 from graphopt.inputs import SEED, Inputs
@@ -185,17 +186,39 @@ def _tokens(model: nn.Module, tokenizer: Callable[..., Any] | None) -> tuple[Ten
 def _cache_of(model: nn.Module, argument: str, values: dict[str, Tensor]) -> Any:
     """A cache of these tokens, with all of their positions in every layer."""
     caches = importlib.import_module("transformers.cache_utils")
-    with torch.no_grad():
-        model(**values, **{argument: (cache := caches.DynamicCache())}, use_cache=True)
+    cache = caches.DynamicCache()
+    _called(model, {**values, argument: cache})
     for layer in cache.layers:
         _refuse_layer(layer, (caches.DynamicLayer,), model)
     return cache
 
 
+def _called(model: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """What the model gives, with a cache in it.
+
+    Raises:
+        CaptureError: the call fails, or no keys and values come back.
+    """
+    try:
+        with torch.no_grad():
+            output = model(**kwargs, use_cache=True)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} fails on tokens with a cache: {first_line(error)}", fix=WITHOUT
+        ) from error
+    found = (output.get(name) for name in CACHE_ARGUMENTS)
+    if not any(getattr(cache, "layers", None) for cache in found if cache is not None):
+        raise CaptureError(
+            f"{type(model).__name__} gives no keys and values of its tokens",
+            where="config.json, is_decoder",
+            fix=WITHOUT,
+        )
+    return output
+
+
 def _output_names(model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, ...]:
     """In the order in which capture takes the output apart: logits first, then the cache."""
-    with torch.no_grad():
-        output = model(**kwargs, use_cache=True)
+    output = _called(model, kwargs)
     cache = next(output[name] for name in CACHE_ARGUMENTS if output.get(name) is not None)
     leaves = pytree.tree_leaves(output)
     kept = {id(leaf) for leaf in pytree.tree_leaves(cache)}

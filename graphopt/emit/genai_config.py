@@ -38,6 +38,7 @@ def genai_config(model: nn.Module, decoder: Decoding, inputs: Sequence[str]) -> 
     if tokens["pad_token_id"] is None:
         last = tokens["eos_token_id"]
         tokens["pad_token_id"] = last[0] if isinstance(last, list) else last
+    sizes = {n: getattr(config, n, None) for n in ("hidden_size", "num_attention_heads")}
     named = [name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs]
     return {
         "model": {
@@ -48,8 +49,7 @@ def genai_config(model: nn.Module, decoder: Decoding, inputs: Sequence[str]) -> 
             "decoder": {
                 "filename": "model.onnx",
                 "session_options": {"provider_options": []},
-                "hidden_size": config.hidden_size,
-                "num_attention_heads": config.num_attention_heads,
+                **{name: size for name, size in sizes.items() if size is not None},
                 "num_hidden_layers": sum(name.endswith(".key") for name in inputs),
                 "num_key_value_heads": key.shape[1],
                 "head_size": key.shape[3],

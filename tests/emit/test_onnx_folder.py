@@ -147,6 +147,10 @@ def t5() -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def bidirectional() -> Any:
+    return transformers.BertLMHeadModel(transformers.BertConfig(**SIZES))
+
+
 def hybrid() -> Any:
     kinds = ["linear_attention", "full_attention"]
     given = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "layer_types": kinds}
@@ -159,6 +163,7 @@ def hybrid() -> Any:
         (mamba, CaptureError, "keeps a state"),
         (t5, ExportError, "has an encoder and a decoder"),
         (hybrid, CaptureError, "keeps a state"),
+        (bidirectional, CaptureError, "gives no keys and values"),
         (lambda: nn.Linear(2, 2), ExportError, "no Hugging Face config"),
     ],
 )
