@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -101,8 +102,9 @@ def plan_folder(model: nn.Module, origin: Path | None = None, tokenizer: Any = N
     """
     _check_model(model)
     model, notes = _in_float(model)
-    missing = "no tokenizer was found beside the model: none is in the folder"
-    rest = (origin, tokenizer, (*notes, missing) if tokenizer is None else notes)
+    if tokenizer is None and "input_ids" in inspect.signature(model.forward).parameters:
+        notes = (*notes, "no tokenizer was found beside the model: none is in the folder")
+    rest = (origin, tokenizer, notes)
     if is_causal(model):
         found = decoding(model, tokenizer)
         return FolderPlan(model, "text-generation", found.inputs, found, *rest)

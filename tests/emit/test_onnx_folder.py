@@ -137,6 +137,15 @@ def test_sentence_transformers_finds_its_modules(tmp_path: Path) -> None:
     }
 
 
+def test_images_need_no_tokenizer() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    plan = plan_folder(transformers.ViTForImageClassification(config).eval())
+    assert plan.task == "image-classification" and not plan.notes
+    assert list(plan.inputs.kwargs) == ["pixel_values"]
+
+
 def mamba() -> Any:
     config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
     return transformers.MambaForCausalLM(config)
