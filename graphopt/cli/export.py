@@ -44,6 +44,12 @@ Write = Callable[[OptimizedModule], tuple[dict[str, object], list[str]]]
     "Hugging Face folder whose quantized layers other programs serve.",
 )
 @click.option("--opset", type=int, help="ONNX operator set; the exporter's own by default.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "mixed"]),
+    help="Half precision for a float32 model; mixed is float16 that takes and gives float32. "
+    "Operators that need float32 keep it.",
+)
 @click.option("--fuse/--no-fuse", default=True, help="ONNX Runtime's operator fusions.")
 @click.option("--verify/--no-verify", default=True, help="Compare before the file is put in place.")
 def command(
@@ -62,16 +68,18 @@ def command(
     output: str | None,
     form: str,
     opset: int | None,
+    dtype: str | None,
     fuse: bool,
     verify: bool,
 ) -> None:
     """Write MODEL as ONNX or as a Hugging Face folder, compared before it is put in place."""
     from graphopt.emit.onnx import check_program
+    from graphopt.emit.onnx_half_choice import check_dtype
     from graphopt.optimize import optimize_program
 
     with progress("export", quiet=as_json) as step:
         path = Path(output or f"{stem_of(model)}{'.onnx' if form == 'onnx' else f'-{form}'}")
-        _check_target(path, form, opset, train, verify, inputs)
+        _check_target(path, form, opset, dtype, train, verify, inputs)
         check_outputs([path], [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
@@ -84,8 +92,11 @@ def command(
         program, eager = subject.capture()
         if folder is None:
             check_program(program)
+            check_dtype(program, dtype)
         module = optimize_program(program, replace(options, progress=step), eager=eager)
         settings = {"opset": opset, "fuse": fuse, "verify": verify, "measure": measure}
+        if plan is None:
+            settings["dtype"] = dtype
         write = folder or _onnx_writer(path, plan, program, settings)
         step("write and read back" if folder else "translate and compare in ONNX Runtime")
         facts, lines = write(module)
@@ -97,13 +108,20 @@ def command(
 
 
 def _check_target(
-    path: Path, form: str, opset: int | None, train: bool, verify: bool, inputs: str | None
+    path: Path,
+    form: str,
+    opset: int | None,
+    dtype: str | None,
+    train: bool,
+    verify: bool,
+    inputs: str | None,
 ) -> None:
     """Refuse at once what would be refused after capture and optimization."""
     from graphopt.emit.onnx import check_opset, check_target
 
     if form not in FOLDERS:
-        check_target(path if form == "onnx" else path / "model.onnx", training=train, verify=verify)
+        file = path if form == "onnx" else path / "model.onnx"
+        check_target(file, training=train, verify=verify, dtype=dtype)
         check_opset(opset)
     if form == OPTIMUM and inputs is not None:
         raise GraphoptError(
@@ -112,6 +130,12 @@ def _check_target(
     if form in FOLDERS and opset is not None:
         raise GraphoptError(
             "a Hugging Face folder has no operator set", where="--opset", fix="leave it out"
+        )
+    if form != "onnx" and dtype is not None:
+        raise GraphoptError(
+            "a Hugging Face folder keeps the dtype of what is not quantized",
+            where=f"--dtype {dtype}",
+            fix="leave it out, or write --format onnx",
         )
     if form in FOLDERS and train:
         raise GraphoptError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from graphopt.emit.module import OptimizedModule
-from graphopt.emit.onnx_drafts import Names, best_draft, save_model
+from graphopt.emit.onnx_drafts import Names, best_draft, save_model, tied_draft
+from graphopt.emit.onnx_half_choice import check_dtype, halve
 from graphopt.emit.onnx_quantized import calls_of
 from graphopt.emit.onnx_runtime import compare_with_runtime, require
 from graphopt.emit.onnx_spelled import spelled_for_runtime
@@ -63,6 +67,7 @@ def export_onnx(
     verify: bool = True,
     measure: bool = True,
     names: Names | None = None,
+    dtype: str | None = None,
 ) -> OnnxResult:
     """Write ``module`` as an ONNX file that ONNX Runtime was seen to run with equal outputs.
 
@@ -72,8 +77,15 @@ def export_onnx(
         fuse: apply ONNX Runtime's operator fusions (operators of ``com.microsoft``).
         verify: run the file in ONNX Runtime on captured and on unseen sizes before it is put in
             place.
+        measure: time forms of the program in ONNX Runtime, and write the fastest. Without it, the
+            same program gives the same bytes.
         names: what the file calls its tensor inputs and its outputs, in their flat order; by
             default as the model does.
+        dtype: ``float16`` or ``bfloat16`` for a program of float32 in half precision, ``mixed`` for
+            float16 that takes and gives float32. Operators stay float32 where outputs would be
+            off by more than `TOLERANCE` of that dtype, and by more than 3 times what half weights,
+            inputs and outputs cost; ``notes`` say which. ``bfloat16`` needs ``verify=False``: the
+            CPU provider of ONNX Runtime does not run it.
 
     Raises:
         ExportError: ``path`` does not end in ``.onnx``, the module trains, an operator has no
@@ -82,32 +94,50 @@ def export_onnx(
         VerificationError: ONNX Runtime's outputs are not those of the module.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
-    check_target(path, verify=verify)
+    check_target(path, verify=verify, dtype=dtype)
     program = _exportable(module)
+    check_dtype(program, dtype)
     check_opset(opset)
     names = _names(program, names)
-    draft = best_draft(program, names, fuse=fuse, opset=opset, verify=verify, measure=measure)
-    lowering = draft.lowering
+    draft = best_draft(
+        program, names, fuse=fuse, opset=opset, verify=verify, measure=measure, sums=dtype is None
+    )
+    timed = measure and find_spec("onnxruntime") is not None
+    draft = tied_draft(draft, names, timed=timed)
+    lowering, allowed = draft.lowering, draft.lowering.tolerance
+    if dtype is not None:
+        halved = halve(program, draft.model.model, names, dtype)
+        draft = replace(draft, model=_holding(draft.model, halved.model))
+        draft = replace(draft, notes=(*draft.notes, *halved.notes))
+        allowed = max(allowed, halved.bound)
     check_opset(opset, draft.model.model.opset_imports.get(""))
-    draft.model.model.metadata_props["graphopt"] = _metadata(module)
+    draft.model.model.metadata_props["graphopt"] = _metadata(module, dtype)
     target, conditions = Path(path), program.assumptions
     with atomic_path(target) as temporary:
         save_model(draft.model, temporary, program)
         unchecked = (f"calls must keep to this, the file cannot: {_told(a)}" for a in conditions)
         error, notes = None, (*lowering.notes(), *draft.notes, *unchecked)
         if verify:
-            allowed = lowering.tolerance
             found, seen = compare_with_runtime(program, temporary, *names, allowed=allowed)
             error, notes = found.rms, (*notes, *seen)
     size = target.stat().st_size
     return OnnxResult(target, *names, draft.fusions, error, size, notes)
 
 
-def check_target(path: str | Path, *, training: bool = False, verify: bool = True) -> None:
+def _holding(program: Any, model: Any) -> Any:
+    twin = copy.copy(program)
+    twin.model = model
+    return twin
+
+
+def check_target(
+    path: str | Path, *, training: bool = False, verify: bool = True, dtype: str | None = None
+) -> None:
     """Refuse at once what `export_onnx` would refuse after capture and optimization.
 
     Raises:
-        ExportError: ``path`` does not end in ``.onnx``, or ``training`` is asked for.
+        ExportError: ``path`` does not end in ``.onnx``, ``training`` is asked for, or there is no
+            such ``dtype``, or none that can be verified.
         MissingDependencyError: a package that export needs is not installed.
     """
     if Path(path).suffix != ".onnx":
@@ -120,7 +150,8 @@ def check_target(path: str | Path, *, training: bool = False, verify: bool = Tru
             where=str(path),
             fix="leave --train out",
         )
-    require("onnxscript", "onnx", *(["onnxruntime"] if verify else []))
+    check_dtype(None, dtype, verify=verify)
+    require("onnxscript", "onnx", *(["onnxruntime"] if verify or dtype else []))
 
 
 def _names(program: Program, given: Names | None) -> Names:
@@ -207,10 +238,23 @@ def check_program(program: Program) -> None:
         )
 
 
-def _metadata(module: OptimizedModule) -> str:
+def _metadata(module: OptimizedModule, dtype: str | None) -> str:
+    """What made the file, without dates and paths: versions, recipe, and what was compared."""
     report = module.report
     certificates = [
-        {"rule": c.rule, "version": c.version, "error": c.error, "inputs": c.inputs_hash}
+        {
+            "rule": c.rule,
+            "version": c.version,
+            "inputs": c.inputs_hash,
+            "error": c.error,
+            "bound": c.bound,
+        }
         for c in report.certificates
     ]
-    return json.dumps({"recipe": report.recipe, "certificates": certificates})
+    facts = {
+        "versions": {name: version(name) for name in ("graphopt", "torch", "onnxscript")},
+        "dtype": dtype or "as captured",
+        "recipe": report.recipe,
+        "certificates": certificates,
+    }
+    return json.dumps(facts)

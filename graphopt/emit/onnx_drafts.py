@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from graphopt.emit.onnx_axes import name_axes
 from graphopt.emit.onnx_quantized import Lowering, lower, lower_merged
 from graphopt.emit.onnx_runtime import feed_of, open_session
 from graphopt.emit.onnx_sums import FUSIONS, sums_apart
+from graphopt.emit.onnx_tied import ONE_COPY, merge_equal, tied_products, tied_weights
 from graphopt.emit.onnx_translate import fuse_for_runtime, translate
 from graphopt.emit.onnx_variants import separate_projections
 from graphopt.program import Program
@@ -21,6 +22,8 @@ from graphopt.verify.timing import Pace, interleaved
 
 EXTERNAL_ABOVE = 1_800_000_000
 """Bytes of weights above which they go to a file beside the model (protobuf ends at 2 GB)."""
+SLOWER = 1.1
+"""Times as long as with two copies a file may take that holds weights once."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def best_draft(
     opset: int | None = None,
     verify: bool = True,
     measure: bool = True,
+    sums: bool = True,
 ) -> Draft:
     """The program as a model; with ``measure`` the one that ONNX Runtime runs fastest here.
 
@@ -52,6 +56,7 @@ def best_draft(
         names: of inputs and of outputs.
         fuse: with ONNX Runtime's own operators; else those of the standard alone.
         verify: try the forms of quantized operators in ONNX Runtime.
+        sums: additions before norms may stand by themselves.
 
     Raises:
         ExportError: an operator has no translation.
@@ -66,7 +71,7 @@ def best_draft(
     if fuse and measure and find_spec("onnxruntime"):
         draft = _faster(draft, names)
         draft = _merged(draft, lower_merged(program, draft.lowering, **options), names)
-        draft = _summed(draft, names)
+        draft = _summed(draft, names) if sums else draft
     return draft
 
 
@@ -111,6 +116,34 @@ def _summed(draft: Draft, names: Names) -> Draft:
     return _winner(draft, other, names, told)
 
 
+def tied_draft(draft: Draft, names: Names, *, timed: bool) -> Draft:
+    """The draft with equal weights once, and those of embeddings and heads, if that is not slower.
+
+    Args:
+        timed: compare both in ONNX Runtime; else the weights are held once.
+    """
+    merge_equal(draft.model.model)
+    tied = tied_products(draft.model)
+    other = draft if tied is None else replace(draft, model=tied)
+    weights = " and ".join(f"`{name}`" for name in tied_weights(other.model.model))
+    if not weights:
+        return draft
+    settings = " and ".join(f"{name}={value}" for name, value in ONE_COPY.items())
+    note = f"{weights}: memory holds one copy for rows and products if sessions set {settings}"
+    if not timed:
+        return replace(other, notes=(*draft.notes, note))
+    alone = _race(draft, other, names[0], ONE_COPY)
+    note += f", which is {alone.old / alone.new:.2f}x the speed of two copies here"
+    if other is not draft:
+        pace = _race(draft, other, names[0])
+        usual = f"{pace.old / pace.new:.2f}x the speed"
+        if pace.new > SLOWER * pace.old:
+            note = f"{weights}: left in two copies, one as `Gemm` is {usual}"
+            return replace(draft, notes=(*draft.notes, note))
+        note += f" ({usual} without)"
+    return replace(other, notes=(*draft.notes, note))
+
+
 def _winner(draft: Draft, other: Draft, names: Names, told: tuple[str, str, str]) -> Draft:
     """The one that ONNX Runtime runs faster, with a note of what was compared with what."""
     pace = _race(draft, other, names[0])
@@ -121,20 +154,24 @@ def _winner(draft: Draft, other: Draft, names: Names, told: tuple[str, str, str]
     return replace(other, notes=(*draft.notes, note))
 
 
-def _race(one: Draft, two: Draft, inputs: Sequence[str]) -> Pace:
-    """Both in turn on the captured inputs."""
+def _race(
+    one: Draft, two: Draft, inputs: Sequence[str], settings: Mapping[str, str] | None = None
+) -> Pace:
+    """Both in turn on the captured inputs, the second with ``settings`` of its session."""
     with tempfile.TemporaryDirectory() as folder:
         calls = []
         for index, draft in enumerate((one, two)):
             path, program = Path(folder) / f"{index}.onnx", draft.lowering.program
             save_model(draft.model, path, program)
-            session = open_session(path)
+            session = open_session(path, settings if index else None)
             feed = feed_of(session, program.example_inputs, inputs)
             calls.append(partial(session.run, None, feed))
         return interleaved(calls[0], calls[1], budget=1.0)
 
 
 def save_model(model: Any, path: Path, program: Program) -> None:
-    """Write a `torch.onnx.ONNXProgram` of a program."""
+    """Write a `torch.onnx.ONNXProgram` of a program, without paths of this machine."""
+    for node in model.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     size = sum(t.numel() * t.element_size() for t in program.state.values())
     model.save(str(path), external_data=size > EXTERNAL_ABOVE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,8 @@ def _compare_once(
     wanted = [i for i, o in enumerate(old) if isinstance(o, Tensor)]
     rows = []
     for name, i, n in zip(outputs, wanted, new, strict=False):
+        if n.is_floating_point():  # a file in half precision of a program in float32
+            n = n.to(old[i].dtype)
         tolerance = max(TOLERANCE.get(old[i].dtype, 0.0), allowed)
         found = compare(old[i], n, exact[i], Numeric.LOSSY, tolerance)
         if not found.ok:
@@ -131,16 +133,24 @@ def _compare_once(
 
 
 def feed_of(session: Any, values: Sequence[Any], inputs: Sequence[str]) -> dict[str, Any]:
-    """Flat user inputs by the names of those the file still has."""
+    """Flat user inputs by the names of those the file still has, in the halves that it reads."""
     tensors = [v for v in values if isinstance(v, Tensor)]
-    names = [i.name for i in session.get_inputs()]
-    return {n: t.numpy() for n, t in zip(inputs, tensors, strict=True) if n in names}
+    kinds = {i.name: i.type for i in session.get_inputs()}
+    halves = {n for n, kind in kinds.items() if kind == "tensor(float16)"}
+    given = zip(inputs, tensors, strict=True)
+    return {n: (t.half() if n in halves else t).numpy() for n, t in given if n in kinds}
 
 
-def open_session(model: Path | bytes, *, profile: Path | None = None) -> Any:
+def open_session(
+    model: Path | bytes,
+    settings: Mapping[str, str] | None = None,
+    *,
+    profile: Path | None = None,
+) -> Any:
     """An ONNX Runtime session on the CPU with torch's number of threads.
 
     Args:
+        settings: entries of the session's configuration.
         profile: what the file begins with that ONNX Runtime's profiler writes.
     """
     require("onnxruntime")
@@ -149,6 +159,8 @@ def open_session(model: Path | bytes, *, profile: Path | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     given = model if isinstance(model, bytes) else str(model)
