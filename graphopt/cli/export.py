@@ -94,7 +94,12 @@ def command(
             check_program(program)
             check_dtype(program, dtype)
         module = optimize_program(program, replace(options, progress=step), eager=eager)
-        settings = {"opset": opset, "fuse": fuse, "verify": verify, "measure": measure}
+        settings: dict[str, Any] = {
+            "opset": opset,
+            "fuse": fuse,
+            "verify": verify,
+            "measure": measure,
+        }
         if plan is None:
             settings["dtype"] = dtype
         write = folder or _onnx_writer(path, plan, program, settings)
