@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from benchmarks import quantized_peers
 from benchmarks.models import smollm2
 from benchmarks.quantized_peers import Format, Sequences
+from graphopt.recipe import environment
 
 RESULT = Path(__file__).parent / "results" / "quantized_quality.json"
 SETTINGS = {
@@ -73,7 +74,7 @@ def run(data: Path | None) -> dict[str, object]:
             continue
         rows[row_name] = _row(make, model, text)
         print(format_name, row_name, rows[row_name], flush=True)
-        RESULT.write_text(json.dumps(found, indent=2) + "\n")
+        RESULT.write_text(json.dumps(found | {"environment": environment()}, indent=2) + "\n")
         gc.collect()
     return found
 

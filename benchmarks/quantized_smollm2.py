@@ -81,9 +81,9 @@ def _prepare(model: nn.Module, text: Tensor, folder: Path) -> dict[str, object]:
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     inputs = {"prompt": ids[:, 1 : LENGTH + 1], "token": ids[:, -1:], "cache": tensors}
     torch.save(inputs, folder / "inputs.pt")
-    failed, seconds = {}, {}
+    failed = {}
     for name, make in {
-        "graphopt": lambda: _own(model, inputs, folder, seconds),
+        "graphopt": lambda: _own(model, inputs, folder),
         "ONNX Runtime": lambda: _exported(model, inputs, folder),
     }.items():
         try:
@@ -91,7 +91,7 @@ def _prepare(model: nn.Module, text: Tensor, folder: Path) -> dict[str, object]:
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"[:300]
     files = {f.name: round(f.stat().st_size / 1e6, 1) for f in sorted(folder.glob("*.*"))}
-    return {"seconds to make": seconds, "megabytes of files": files, "not made": failed}
+    return {"megabytes of files": files, "not made": failed}
 
 
 def example(model: nn.Module, inputs: dict[str, Any], length: int = 32) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def example(model: nn.Module, inputs: dict[str, Any], length: int = 32) -> dict[
 SHAPES = {"input_ids": {1: "tokens"}, "past_key_values": [{2: "past"}] * (2 * LAYERS)}
 
 
-def _own(model: nn.Module, inputs: dict[str, Any], folder: Path, seconds: dict[str, float]) -> None:
+def _own(model: nn.Module, inputs: dict[str, Any], folder: Path) -> None:
     """Programs for a prompt and for a token alike, as ``.pt2`` and in ONNX."""
     import copy
 
@@ -121,18 +121,16 @@ def _own(model: nn.Module, inputs: dict[str, Any], folder: Path, seconds: dict[s
         "int8-weights": (half, {"activations": None, **WHOLE}, False),
     }
     for name, (of, fields, to_onnx) in kinds.items():
-        start = time.perf_counter()
         made = graphopt.compile(
             of,
             example_kwargs=example(of, inputs),
             dynamic_shapes=SHAPES,
             passes=["exact", QuantizeMatmul(**fields)],
         )
-        seconds[name] = round(time.perf_counter() - start, 1)
         graphopt.save(made, folder / f"{name}.pt2")
         if to_onnx:
             graphopt.export_onnx(made, folder / f"{name}.onnx")
-        print(name, seconds[name], flush=True)
+        print(name, flush=True)
 
 
 def _exported(model: nn.Module, inputs: dict[str, Any], folder: Path) -> None:
