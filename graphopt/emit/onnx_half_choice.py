@@ -205,7 +205,7 @@ def _ruler(program: Program, names: tuple[Sequence[str], Sequence[str]]) -> Erro
     float64 is, or where ONNX Runtime does not load it."""
     import onnx_ir
 
-    reference = unrounded(program) if quantized_nodes(program) else program
+    reference = unrounded(program)
     mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
     trials = []
     unseen, refused = unseen_or_refused(program)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.emit.onnx_quantized.calls import quantized_nodes
 from graphopt.errors import MissingDependencyError, VerificationError
 from graphopt.program import Program
 from graphopt.rewrite.rule import Numeric
@@ -51,7 +50,7 @@ def compare_with_runtime(
     Raises:
         VerificationError: names the output that differs, and by how much.
     """
-    exact = unrounded(program) if quantized_nodes(program) else program
+    exact = unrounded(program)
     session, checked = open_session(path), (inputs, outputs, exact, allowed)
     rows = _compare_once(program, session, program.example_inputs, *checked)
     notes: dict[str, None] = {}

@@ -21,7 +21,9 @@ def rounds(graph: fx.Graph) -> bool:
 
 
 def unrounded(program: Program) -> Program:
-    """A copy that computes on the same weights with activations as they are."""
+    """A copy that computes on the same weights with activations as they are; itself if it does."""
+    if not rounds(program.graph):
+        return program
     twin = program.copy()
     for node in filter(_rounds, twin.graph.nodes):
         given = arguments(node) | {ARGUMENT: AS_THEY_ARE}

@@ -14,7 +14,6 @@ from graphopt.analysis.splice import replace_region
 from graphopt.emit.held import fault
 from graphopt.emit.module import OptimizedModule
 from graphopt.emit.onednn import fits, fused
-from graphopt.emit.onnx_quantized.calls import quantized_nodes
 from graphopt.emit.ort.account import partition_of, region_name
 from graphopt.emit.ort.call import OrtRegion
 from graphopt.emit.ort.nodes import return_views_apart
@@ -125,7 +124,7 @@ def _fault(module: OptimizedModule, original: Program, placement: Placement) -> 
     tolerance = math.sqrt(sum(p.model.tolerance**2 for p in placement.pieces))
     reference = original
     if module.report.losses or crowded(original, WITH_GRADIENTS):
-        reference = unrounded(program) if quantized_nodes(program) else program
+        reference = unrounded(program)
     made, failures = (lambda _: code), (Exception,)  # ONNX Runtime's own are of no family
     return fault(reference, program, made, tolerance=tolerance, ones=True, failures=failures)
 
