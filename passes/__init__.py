@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphopt.passes.merge_projections import MergeProjections
     from graphopt.passes.pre_rms_norm import PreRMSNorm
     from graphopt.passes.quantize import QuantizeMatmul
+    from graphopt.passes.round_attention import RoundAttention
     from graphopt.passes.simplify import EliminateCommonSubexpressions, FoldConstants
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "PreRMSNorm": "pre_rms_norm",
     "QuantizeMatmul": "quantize",
     "RecognizeComposites": "composites",
+    "RoundAttention": "round_attention",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "PreRMSNorm",
     "QuantizeMatmul",
     "RecognizeComposites",
+    "RoundAttention",
 ]
 
 

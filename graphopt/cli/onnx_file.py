@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import click
 from graphopt.cli.calibration import batches
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import DEFAULT_RECIPE
-from graphopt.cli.outputs import check_outputs, stem_of
+from graphopt.cli.outputs import check_outputs, check_place, stem_of
 from graphopt.errors import GraphoptError, RecipeError
 from graphopt.files import atomic_path
 from graphopt.inputs import from_file, given_inputs
@@ -155,24 +154,6 @@ def _targets(outputs: tuple[str, ...], model: str) -> list[Path]:
             fix="name one file that ends in .onnx",
         )
     return paths
-
-
-def check_place(path: Path, endings: Sequence[str]) -> None:
-    """Refuse a file whose ending says nothing, or whose folder is missing.
-
-    Raises:
-        GraphoptError: says what can be written.
-    """
-    if path.suffix not in endings:
-        raise GraphoptError(
-            f"cannot write {path.suffix or 'that'} from an ONNX file",
-            where=str(path),
-            fix=f"use one of {', '.join(endings)}",
-        )
-    if not path.parent.is_dir():
-        raise GraphoptError(
-            "the folder does not exist", where=str(path.parent), fix=f"mkdir -p {path.parent}"
-        )
 
 
 def _default(model: str) -> Path:

@@ -13,7 +13,7 @@ from graphopt.cli.calibration import calibration_of
 from graphopt.cli.console import print_json, progress
 from graphopt.cli.onnx_file import is_onnx, optimize_file, refuse_options
 from graphopt.cli.options import json_option, model_options, recipe_options
-from graphopt.cli.outputs import check_outputs, stem_of
+from graphopt.cli.outputs import check_outputs, check_place, stem_of
 from graphopt.cli.subject import load_subject, options_from
 from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError
@@ -116,18 +116,7 @@ def command(
 def _targets(outputs: tuple[str, ...], model: str, train: bool) -> list[Path]:
     paths = [Path(o) for o in outputs] or [Path(f"{stem_of(model)}.optimized.pt2")]
     for path in paths:
-        if path.suffix not in WRITABLE:
-            raise GraphoptError(
-                f"cannot tell what to write from the ending {path.suffix!r}",
-                where=str(path),
-                fix=f"use one of {', '.join(WRITABLE)}",
-            )
-        if not path.parent.is_dir():
-            raise GraphoptError(
-                "the folder does not exist",
-                where=str(path.parent),
-                fix=f"mkdir -p {path.parent}",
-            )
+        check_place(path, WRITABLE)
         if path.suffix == ".onnx":
             from graphopt.emit.onnx import check_target
 

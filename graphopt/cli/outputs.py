@@ -15,6 +15,25 @@ def stem_of(model: str) -> str:
     return path.stem or path.resolve().name
 
 
+def check_place(path: Path, endings: Sequence[str]) -> None:
+    """Refuse a file whose ending says nothing, or whose folder is missing.
+
+    Raises:
+        GraphoptError: says what can be written.
+    """
+    if path.suffix not in endings:
+        ending = f"that ends in {path.suffix}" if path.suffix else "without an ending"
+        raise GraphoptError(
+            f"cannot write a file {ending} from this model",
+            where=str(path),
+            fix=f"use one of {', '.join(endings)}",
+        )
+    if not path.parent.is_dir():
+        raise GraphoptError(
+            "the folder does not exist", where=str(path.parent), fix=f"mkdir -p {path.parent}"
+        )
+
+
 def check_outputs(outputs: Sequence[Path], read: Sequence[str | None]) -> None:
     """Refuse to write one file twice, or over a file that is read.
 

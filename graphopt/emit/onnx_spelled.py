@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from graphopt.kernels.rounded_attention import rounded_attention
 from graphopt.program import Program, val
 from graphopt.rewrite import Builder, arguments
 
@@ -16,11 +17,18 @@ def spelled_for_runtime(program: Program) -> Program:
 
     Attention with grouped heads reads keys and values where they are, group by group: translated,
     they would be repeated and transposed for every call, which for one new token is most of its
-    time.
+    time. Attention on rounded operands is that on operands as they are: kernels of ONNX Runtime's
+    CPU provider are in float32.
     """
     twin, target = program.copy(), aten.scaled_dot_product_attention.default
+    rounded = twin.graph.find_nodes(op="call_function", target=rounded_attention)
+    for node in rounded:
+        *given, is_causal, scale, enable_gqa, _ = arguments(node).values()
+        node.target, node.args = target, (*given, 0.0, is_causal)
+        node.kwargs = {"scale": scale, "enable_gqa": enable_gqa}
     calls = twin.graph.find_nodes(op="call_function", target=target)
-    if not (grouped := [node for node in calls if _groups(node) > 1]):
+    grouped = [node for node in calls if _groups(node) > 1]
+    if not (grouped or rounded):
         return program
     for node in grouped:
         made = _attention(node, Builder(twin, node, "spelled", folds=False))

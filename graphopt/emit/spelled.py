@@ -14,6 +14,13 @@ from graphopt.kernels.quantized.operator import quantized_linear
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.spelled import int4_linear, int8_linear, static_linear
 from graphopt.kernels.quantized.static import static_of
+from graphopt.kernels.rounded_attention import (
+    DTYPES,
+    FEW,
+    cast_before,
+    is_fast,
+    rounded_attention,
+)
 from graphopt.program import copy_graph, val
 from graphopt.rewrite import arguments
 
@@ -52,7 +59,18 @@ def _quantized(_node: fx.Node, given: Mapping[str, Any]) -> Call | None:
     return (int8_linear, read) if static is None else (static_linear, (*read, *static))
 
 
+def _attention(_node: fx.Node, given: Mapping[str, Any]) -> Call | None:
+    """Where it is known to run in half precision's own products."""
+    query, key = val(given["query"]), val(given["key"])
+    if query.dim() != 4 or not is_fast(DTYPES[given["activations"]]):
+        return None
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    is_many = isinstance(rows, int) and rows >= FEW
+    return (cast_before, tuple(given.values())) if is_many else None
+
+
 _SPELLINGS: dict[Any, Callable[[fx.Node, Mapping[str, Any]], Call | None]] = {
     torch.ops.aten.gelu.default: _gelu,
     quantized_linear: _quantized,
+    rounded_attention: _attention,
 }

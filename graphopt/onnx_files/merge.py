@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from graphopt.emit.onnx_tensors import bits_of, tensor_key, tensors_equal
 from graphopt.onnx_files.document import names_inside, tensor_bytes
 from graphopt.onnx_files.steps import Allowed, Change, OnnxPass, Outcome, Surroundings
 
@@ -41,13 +41,13 @@ class _Merger:
             elif value.is_graph_output():
                 self._missed(value, "it is an output of its graph too")
             elif value.uses() and not self._merge(value, tensor):
-                self.kept.setdefault(_key(tensor), []).append(value)
+                self.kept.setdefault(tensor_key(tensor), []).append(value)
         self._turn()
 
     def _merge(self, value: Any, tensor: Any) -> bool:
         """Whether an equal one takes its place."""
-        for other in self.kept.get(_key(tensor), ()):
-            if not _equal(_tensor(other), tensor):
+        for other in self.kept.get(tensor_key(tensor), ()):
+            if not tensors_equal(_tensor(other), tensor):
                 continue
             if other.name in self.inner and _graph_of(other) is not _graph_of(value):
                 self._missed(value, f"a subgraph has another value named `{other.name}`")
@@ -70,11 +70,11 @@ class _Merger:
         first: dict[Any, Any] = {}
         for value in matrices:
             tensor = _tensor(value)
-            other = first.get(_key(tensor, turned=True))
+            other = first.get(tensor_key(tensor, turned=True))
             if other is None or other.name in self.inner:
-                first.setdefault(_key(tensor), value)
+                first.setdefault(tensor_key(tensor), value)
                 continue
-            equal = np.array_equal(_bits(_tensor(other)).T, _bits(tensor))
+            equal = np.arraytensors_equal(bits_of(_tensor(other)).T, bits_of(tensor))
             if equal and self.allowed(str(value.name)):
                 self._as_transposition(value, other)
 
@@ -96,7 +96,8 @@ class _Merger:
     def _missed(self, value: Any, reason: str) -> None:
         """Told where there is an equal one."""
         tensor = _tensor(value)
-        if any(_equal(_tensor(other), tensor) for other in self.kept.get(_key(tensor), ())):
+        alike = self.kept.get(tensor_key(tensor), ())
+        if any(tensors_equal(_tensor(other), tensor) for other in alike):
             found = self.owner.missed("merge equal constants", reason, str(value.name))
             self.outcome.missed.append(found)
 
@@ -131,34 +132,8 @@ def _drop(value: Any) -> None:
         del graph.initializers[value.name]
 
 
-def _key(tensor: Any, *, turned: bool = False) -> tuple[Any, ...]:
-    """Type, shape and a hash of the bits."""
-    shape = tuple(tensor.shape)
-    if tensor.dtype.name == "STRING":
-        return (tensor.dtype, shape, tuple(tensor.string_data()))
-    plain = _bits(tensor).T if turned else None
-    raw = tensor.tobytes() if plain is None else np.ascontiguousarray(plain).tobytes()
-    return (tensor.dtype, shape[::-1] if turned else shape, hashlib.sha256(raw).digest())
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether type, shape and every bit are the same."""
-    if a.dtype != b.dtype or tuple(a.shape) != tuple(b.shape):
-        return False
-    if a.dtype.name == "STRING":
-        return list(a.string_data()) == list(b.string_data())
-    return a is b or bool(a.tobytes() == b.tobytes())
-
-
 def _turns(tensor: Any) -> bool:
     """A matrix worth a node, of whole bytes."""
     if tensor.dtype.name == "STRING" or tensor.dtype.bitwidth not in (8, 16, 32, 64):
         return False
     return len(tensor.shape) == 2 and min(tensor.shape) > 1 and tensor_bytes(tensor) >= TURNED_FROM
-
-
-def _bits(tensor: Any) -> np.ndarray[Any, Any]:
-    """The matrix as unsigned integers: NaN and zeros of either sign as they are."""
-    array = tensor.numpy()
-    kinds = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-    return np.ascontiguousarray(array).view(kinds[array.dtype.itemsize])

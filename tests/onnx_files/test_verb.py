@@ -66,7 +66,7 @@ REFUSED = [
     (["--trust-pickle"], "--trust-pickle means nothing"),
     (["--dequantize"], "--dequantize means nothing"),
     (["--target", "inductor"], "--target inductor means nothing"),
-    (["-o", "o.pt2"], "cannot write .pt2 from an ONNX file"),
+    (["-o", "o.pt2"], "cannot write a file that ends in .pt2"),
     (["-o", "o.onnx", "-o", "p.onnx"], "one ONNX file"),
     (["-o", "m.onnx"], "would overwrite"),
     (["--pass", "FuseLossHead"], "not ONNX files"),

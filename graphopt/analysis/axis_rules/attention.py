@@ -13,7 +13,7 @@ from graphopt.analysis.axis_rules.sizes import Shape, Size, Untrackable, quotien
 
 
 @rule("scaled_dot_product_attention", "_scaled_dot_product_attention_math",
-      "_scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
+      "_scaled_dot_product_flash_attention_for_cpu", "graphopt::rounded_attention")  # fmt: skip
 def attention(call: Call) -> Outcome:
     """``q[*b, l, e], k[*b, s, e], v[*b, s, f], mask[*b, l, s] -> out[*b, l, f]``.
 
@@ -42,7 +42,7 @@ def attention(call: Call) -> Outcome:
         results,
         {"s": "softmax"},
         fixed=["l"] * call["is_causal"] + ["f"] * ("flash" in call.op),
-        random=call["dropout_p"] != 0,
+        random=call.get("dropout_p", default=0) != 0,
     )
 
 

@@ -156,27 +156,13 @@ def _tables(model: Any, weights: Iterable[str]) -> frozenset[str]:
 def _tensor(held: Any) -> Tensor | None:
     """An ``onnx_ir`` tensor as torch has it, in the same memory where that can be; None for
     numbers of less than a byte."""
+    from onnx_ir import tensor_adapters
+
     raw = getattr(held, "raw", None)
     if isinstance(raw, Tensor):
         return raw.detach().contiguous()
-    dtype = _DTYPES.get(held.dtype.name)
-    if dtype is None:
+    if held.dtype.name == "STRING" or held.dtype.bitwidth < 8:
         return None
+    dtype = tensor_adapters.to_torch_dtype(held.dtype)
     numbers = torch.frombuffer(bytearray(held.tobytes()), dtype=dtype)
     return numbers.reshape(tuple(held.shape.numpy()))
-
-
-_DTYPES = {
-    "FLOAT": torch.float32,
-    "DOUBLE": torch.float64,
-    "FLOAT16": torch.float16,
-    "BFLOAT16": torch.bfloat16,
-    "INT8": torch.int8,
-    "INT16": torch.int16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "UINT8": torch.uint8,
-    "BOOL": torch.bool,
-    "FLOAT8E4M3FN": torch.float8_e4m3fn,
-    "FLOAT8E5M2": torch.float8_e5m2,
-}

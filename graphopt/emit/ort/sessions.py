@@ -37,7 +37,14 @@ NUMPY = {
     torch.uint64: "uint64",
     torch.bool: "bool",
 }
-CODES = {torch.bfloat16: 16, torch.float8_e4m3fn: 17, torch.float8_e5m2: 19}
+CODES = {
+    torch.bfloat16: 16,
+    torch.float8_e4m3fn: 17,
+    torch.float8_e4m3fnuz: 18,
+    torch.float8_e5m2: 19,
+    torch.float8_e5m2fnuz: 20,
+    torch.float8_e8m0fnu: 24,
+}
 """ONNX's numbers for dtypes that numpy has not."""
 
 
