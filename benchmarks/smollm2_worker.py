@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,20 +35,22 @@ class Contender(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Token ids ``(1, n)``, and keys and values in turn, ``(1, 3, n, 64)`` in float32 each."""
+    """Token ids ``(1, n)``, and keys and values in turn, ``(1, 3, n, 64)`` each; ``first`` are
+    those of the first token alone."""
 
     prompt: Tensor
     token: Tensor
     cache: list[Tensor]
+    first: list[Tensor]
 
-    @classmethod
-    def read(cls, folder: Path) -> Inputs:
-        found = torch.load(folder / "inputs.pt")
-        return cls(found["prompt"], found["token"], found["cache"])
 
-    def first(self) -> list[Tensor]:
-        """The cache of the first token alone."""
-        return [tensor[:, :, :1].clone() for tensor in self.cache]
+@cache
+def inputs_of(folder: Path, dtype: torch.dtype) -> Inputs:
+    """Read at the first step: memory after loading is that of the model alone."""
+    found = torch.load(folder / "inputs.pt")
+    past = [tensor.to(dtype) for tensor in found["cache"]]
+    first = [tensor[:, :, :1].clone() for tensor in past]
+    return Inputs(found["prompt"], found["token"], past, first)
 
 
 def _float(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -68,11 +70,9 @@ def _cache(model_config: Any, tensors: list[Tensor]) -> Any:
 
 
 def _contender(
-    call: Callable[..., Any], config: Any, inputs: Inputs, dtype: torch.dtype
+    call: Callable[..., Any], config: Any, folder: Path, dtype: torch.dtype
 ) -> Contender:
     """A model that is called as transformers calls it."""
-    past = [tensor.to(dtype) for tensor in inputs.cache]
-    first = [tensor.to(dtype) for tensor in inputs.first()]
 
     def step(ids: Tensor, tensors: list[Tensor]) -> Tensor:
         with torch.no_grad():
@@ -85,19 +85,33 @@ def _contender(
         logits: Tensor = out.logits[0, -1].float()
         return logits
 
-    return Contender(partial(step, inputs.token, past), partial(step, inputs.prompt, first))
+    return _steps(step, folder, dtype)
+
+
+def _steps(
+    step: Callable[[Tensor, list[Tensor]], Tensor], folder: Path, dtype: torch.dtype
+) -> Contender:
+    def decode() -> Tensor:
+        given = inputs_of(folder, dtype)
+        return step(given.token, given.cache)
+
+    def prefill() -> Tensor:
+        given = inputs_of(folder, dtype)
+        return step(given.prompt, given.first)
+
+    return Contender(decode, prefill)
 
 
 def _eager(folder: Path, dtype: torch.dtype, *, compiled: bool = False) -> Contender:
     model = _float(folder, dtype)
     call = torch.compile(model) if compiled else model
-    return _contender(call, model.config, Inputs.read(folder), dtype)
+    return _contender(call, model.config, folder, dtype)
 
 
 def _quantize_dynamic(folder: Path) -> Contender:
     model = _float(folder)
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-    return _contender(model, model.config, Inputs.read(folder), torch.float32)
+    return _contender(model, model.config, folder, torch.float32)
 
 
 def _torchao(folder: Path, name: str, dtype: torch.dtype, *, compiled: bool = False) -> Contender:
@@ -114,7 +128,7 @@ def _torchao(folder: Path, name: str, dtype: torch.dtype, *, compiled: bool = Fa
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     quantization.quantize_(model, configs[name]())
     call = torch.compile(model) if compiled else model
-    return _contender(call, model.config, Inputs.read(folder), dtype)
+    return _contender(call, model.config, folder, dtype)
 
 
 def _graphopt(folder: Path, name: str, target: str, dtype: torch.dtype) -> Contender:
@@ -126,7 +140,7 @@ def _graphopt(folder: Path, name: str, target: str, dtype: torch.dtype) -> Conte
     if any("torch target was kept" in note for note in made.report.notes):
         raise RuntimeError(made.report.notes[-1])
     config = AutoConfig.from_pretrained(folder / "model")
-    return _contender(made, config, Inputs.read(folder), dtype)
+    return _contender(made, config, folder, dtype)
 
 
 def _runtime(folder: Path, name: str) -> Contender:
@@ -138,15 +152,13 @@ def _runtime(folder: Path, name: str) -> Contender:
     session = onnxruntime.InferenceSession(
         str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
     )
-    inputs, names = Inputs.read(folder), [i.name for i in session.get_inputs()]
+    names = [entry.name for entry in session.get_inputs()]
 
     def step(ids: Tensor, tensors: list[Tensor]) -> Tensor:
         feed = dict(zip(names, [t.numpy() for t in (ids, *tensors)], strict=True))
         return torch.from_numpy(session.run(None, feed)[0])[0, -1]
 
-    return Contender(
-        partial(step, inputs.token, inputs.cache), partial(step, inputs.prompt, inputs.first())
-    )
+    return _steps(step, folder, torch.float32)
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -199,6 +211,17 @@ def memory() -> dict[str, float]:
     return found
 
 
+def _libraries(name: str) -> None:
+    """Imported before memory is measured, so that what is added by loading is the model."""
+    import onnxruntime  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import graphopt.passes  # noqa: F401
+
+    if name.startswith("torchao"):
+        import torchao.quantization  # noqa: F401
+
+
 def _timed(step: Step, times: int) -> list[float]:
     """Milliseconds of each of some calls, after one more."""
     seconds = []
@@ -231,9 +254,11 @@ def main() -> None:
         print(json.dumps(value), file=answers, flush=True)
 
     try:
-        start = time.perf_counter()
+        _libraries(name)
+        before, start = memory()["Rss"], time.perf_counter()
         contender = CONTENDERS[name](folder)
-        say({"seconds to load": round(time.perf_counter() - start, 1), **memory()})
+        seconds, now = round(time.perf_counter() - start, 1), memory()
+        say({"seconds to load": seconds, "Rss of the model": round(now["Rss"] - before, 1), **now})
         for line in sys.stdin:
             say(_answer(line.strip(), contender))
     except Exception as error:
