@@ -25,7 +25,7 @@ import graphopt
 from benchmarks.models import minilm
 from graphopt.emit.onnx_runtime import open_session
 from graphopt.emit.onnx_translate import quiet
-from graphopt.passes import QuantizeMatmul
+from graphopt.passes import QuantizeMatmul, RoundAttention
 
 ROUNDS, BATCH, LENGTH = 21, 8, 128
 Inputs = dict[str, Tensor]
@@ -64,6 +64,14 @@ def _through_torch(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Call], d
         "graphopt int8": _call(graphopt.compile(model, example_kwargs=inputs, passes=RECIPE)),
         "graphopt int8, Inductor": _call(
             graphopt.compile(model, example_kwargs=inputs, passes=RECIPE, target="inductor")
+        ),
+        "graphopt int8, bfloat16 attention, Inductor": _call(
+            graphopt.compile(
+                model,
+                example_kwargs=inputs,
+                passes=[*RECIPE, RoundAttention()],
+                target="inductor",
+            )
         ),
     }
     if find_spec("torchao") is None:

@@ -31,7 +31,7 @@ import graphopt
 from benchmarks.models import smollm2
 from benchmarks.smollm2_worker import CONTENDERS, THREADS, _cache
 from graphopt.emit.onnx_translate import quiet
-from graphopt.passes import QuantizeMatmul
+from graphopt.passes import QuantizeMatmul, RoundAttention
 
 ROUNDS, PROMPTS, LENGTH = 9, 4, 512
 PATIENCE = 600.0
@@ -116,16 +116,18 @@ def _own(model: nn.Module, inputs: dict[str, Any], folder: Path) -> None:
     half = copy.deepcopy(model).bfloat16()
     kinds = {
         "int8": (model, {"tolerance": 0.11, **WHOLE}, True),
+        "int8-attention": (model, {"tolerance": 0.11, **WHOLE}, False),
         "int4": (model, {**INT4, **WHOLE}, True),
         "int4-half": (half, {**INT4, **WHOLE}, False),
         "int8-weights": (half, {"activations": None, **WHOLE}, False),
     }
     for name, (of, fields, to_onnx) in kinds.items():
+        behind = [RoundAttention()] if "attention" in name else []
         made = graphopt.compile(
             of,
             example_kwargs=example(of, inputs),
             dynamic_shapes=SHAPES,
-            passes=["exact", QuantizeMatmul(**fields)],
+            passes=["exact", QuantizeMatmul(**fields), *behind],
         )
         graphopt.save(made, folder / f"{name}.pt2")
         if to_onnx:

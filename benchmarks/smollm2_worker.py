@@ -187,6 +187,9 @@ CONTENDERS: dict[str, Callable[[Path], Contender]] = {
     "ONNX Runtime MatMulNBits 4": partial(_runtime, name="plain-int4"),
     "graphopt int8": partial(_graphopt, name="int8", target="torch", dtype=F32),
     "graphopt int8, Inductor": partial(_graphopt, name="int8", target="inductor", dtype=F32),
+    "graphopt int8, bfloat16 attention, Inductor": partial(
+        _graphopt, name="int8-attention", target="inductor", dtype=F32
+    ),
     "graphopt int8, ONNX Runtime": partial(_runtime, name="int8"),
     "graphopt int8 weight-only": partial(
         _graphopt, name="int8-weights", target="torch", dtype=BF16

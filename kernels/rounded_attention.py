@@ -67,7 +67,7 @@ def _rounded_attention(
     operands = (query, key, value)
     if activations == "none":
         return F.scaled_dot_product_attention(
-            *operands, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if activations not in DTYPES:
         raise ValueError(f"activations {activations!r} are not none, {' or '.join(DTYPES)}")
@@ -76,11 +76,11 @@ def _rounded_attention(
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         turned = query.stride(1) <= query.stride(2)
         return half_attention(*operands, attn_mask, is_causal, factor, dtype, turned)  # type: ignore[no-any-return]
-    narrow = [_rounded(tensor, dtype) for tensor in operands]
+    q, k, v = (_rounded(tensor, dtype) for tensor in operands)
     if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = _finite(attn_mask, dtype).to(narrow[0].dtype)
+        attn_mask = _finite(attn_mask, dtype).to(q.dtype)
     made = F.scaled_dot_product_attention(
-        *narrow, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return made.to(query.dtype)
 
@@ -143,7 +143,6 @@ def _slices(extent: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, extent)) for start in range(0, extent, step)]
 
 
-@torch.compiler.disable(reason="it runs inside of compiled code, and is none")
 def _half_attention(
     query: Tensor,
     key: Tensor,

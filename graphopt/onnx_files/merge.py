@@ -74,7 +74,7 @@ class _Merger:
             if other is None or other.name in self.inner:
                 first.setdefault(tensor_key(tensor), value)
                 continue
-            equal = np.arraytensors_equal(bits_of(_tensor(other)).T, bits_of(tensor))
+            equal = np.array_equal(bits_of(_tensor(other)).T, bits_of(tensor))
             if equal and self.allowed(str(value.name)):
                 self._as_transposition(value, other)
 
