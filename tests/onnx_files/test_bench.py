@@ -149,7 +149,7 @@ def test_options_that_mean_nothing_are_refused(options, source, capsys):
 
 def test_other_refusals(source, tmp_path, capsys):
     status, _, err = call(capsys, "bench", "m.onnx", "-o", "p.txt")
-    assert status == 1 and "cannot write .txt" in err
+    assert status == 1 and "cannot write a file that ends in .txt" in err
     status, _, err = call(capsys, "bench", "m.onnx", "-o", "missing/p.html")
     assert status == 1 and "folder does not exist" in err
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx"}
