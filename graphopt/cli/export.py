@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +14,16 @@ from graphopt.cli.console import print_json, progress
 from graphopt.cli.options import json_option, model_options, recipe_options
 from graphopt.cli.outputs import check_outputs, stem_of
 from graphopt.cli.subject import Subject, load_subject, options_from
-from graphopt.emit.module import OptimizedModule
 from graphopt.errors import GraphoptError
 
 if TYPE_CHECKING:
+    from graphopt.emit.checkpoint import Checkpoint
+    from graphopt.emit.onnx import OnnxResult
     from graphopt.emit.onnx_folder import FolderPlan
-    from graphopt.program import Program
+    from graphopt.recipe import Options
 
 FOLDERS = ("compressed-tensors", "gptq")
 OPTIMUM = "optimum"
-
-Write = Callable[[OptimizedModule], tuple[dict[str, object], list[str]]]
 
 
 @click.command("export")
@@ -39,9 +37,9 @@ Write = Callable[[OptimizedModule], tuple[dict[str, object], list[str]]]
     type=click.Choice(["onnx", OPTIMUM, *FOLDERS]),
     default="onnx",
     show_default=True,
-    help="An ONNX file; optimum: a folder around one that optimum, sentence-transformers, "
-    "onnxruntime-genai and graphopt.generation load, of a language model with its cache; or a "
-    "Hugging Face folder whose quantized layers other programs serve.",
+    help="An ONNX file; optimum: a folder around one, or several, that optimum, "
+    "sentence-transformers, onnxruntime-genai and graphopt.generation load, of a language model "
+    "with its cache; or a Hugging Face folder whose quantized layers other programs serve.",
 )
 @click.option("--opset", type=int, help="ONNX operator set; the exporter's own by default.")
 @click.option(
@@ -73,9 +71,7 @@ def command(
     verify: bool,
 ) -> None:
     """Write MODEL as ONNX or as a Hugging Face folder, compared before it is put in place."""
-    from graphopt.emit.onnx import check_program
-    from graphopt.emit.onnx_half_choice import check_dtype
-    from graphopt.optimize import optimize_program
+    from graphopt.emit.onnx_folder import write_folder
 
     with progress("export", quiet=as_json) as step:
         path = Path(output or f"{stem_of(model)}{'.onnx' if form == 'onnx' else f'-{form}'}")
@@ -83,28 +79,19 @@ def command(
         check_outputs([path], [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
-        plan = _plan(subject) if form == OPTIMUM else None
+        plan = _plan(subject, calibration) if form == OPTIMUM else None
         if plan is not None:
             subject = replace(subject, module=plan.model, inputs=plan.inputs)
-        options = replace(options, calibration=calibration_of(calibration, subject))
-        folder = _folder_writer(subject, path, form, verify) if form in FOLDERS else None
-        step("capture")
-        program, eager = subject.capture()
-        if folder is None:
-            check_program(program)
-            check_dtype(program, dtype)
-        module = optimize_program(program, replace(options, progress=step), eager=eager)
-        settings: dict[str, Any] = {
-            "opset": opset,
-            "fuse": fuse,
-            "verify": verify,
-            "measure": measure,
-        }
-        if plan is None:
-            settings["dtype"] = dtype
-        write = folder or _onnx_writer(path, plan, program, settings)
-        step("write and read back" if folder else "translate and compare in ONNX Runtime")
-        facts, lines = write(module)
+        calibrated = calibration_of(calibration, subject)
+        options = replace(options, calibration=calibrated, progress=step)
+        settings: dict[str, Any] = {"opset": opset, "fuse": fuse, "verify": verify, "dtype": dtype}
+        if plan is not None:
+            found: Any = write_folder(plan, path, options, **settings)
+        elif form in FOLDERS:
+            found = _huggingface_folder(subject, path, form, options, verify)
+        else:
+            found = _file(subject, path, options, settings)
+        facts, lines = found.to_dict(), found.lines()
     if as_json:
         print_json(facts)
         return
@@ -136,7 +123,7 @@ def _check_target(
         raise GraphoptError(
             "a Hugging Face folder has no operator set", where="--opset", fix="leave it out"
         )
-    if form != "onnx" and dtype is not None:
+    if form in FOLDERS and dtype is not None:
         raise GraphoptError(
             "a Hugging Face folder keeps the dtype of what is not quantized",
             where=f"--dtype {dtype}",
@@ -154,13 +141,15 @@ def _check_target(
         )
 
 
-def _plan(subject: Subject) -> FolderPlan:
+def _plan(subject: Subject, calibration: str | None) -> FolderPlan:
     """How a Hugging Face model is called in its folder; no other model has one."""
-    from graphopt.emit.onnx_folder import plan_folder
+    from graphopt.emit.onnx_folder import plan_folder, refuse_calibration
     from graphopt.huggingface_inputs import tokenizer_of
 
     module, source = _huggingface(subject, OPTIMUM)
-    return plan_folder(module, source, tokenizer_of(subject.loaded))
+    plan = plan_folder(module, source, tokenizer_of(subject.loaded))
+    refuse_calibration(plan, calibration)
+    return plan
 
 
 def _huggingface(subject: Subject, form: str) -> tuple[nn.Module, Path]:
@@ -174,31 +163,30 @@ def _huggingface(subject: Subject, form: str) -> tuple[nn.Module, Path]:
     return source, subject.loaded.source
 
 
-def _onnx_writer(
-    path: Path, plan: FolderPlan | None, captured: Program, settings: dict[str, Any]
-) -> Write:
-    from graphopt.emit.onnx import export_onnx
-    from graphopt.emit.onnx_folder import write_folder
+def _file(subject: Subject, path: Path, options: Options, settings: dict[str, Any]) -> OnnxResult:
+    from graphopt.emit.onnx import check_program, export_onnx
+    from graphopt.emit.onnx_half_choice import check_dtype
+    from graphopt.optimize import optimize_program
 
-    def write(module: OptimizedModule) -> tuple[dict[str, object], list[str]]:
-        result: Any = (
-            export_onnx(module, path, **settings)
-            if plan is None
-            else write_folder(module, captured, path, plan, **settings)
-        )
-        return result.to_dict(), result.lines()
-
-    return write
+    options.progress("capture")
+    program, eager = subject.capture()
+    check_program(program)
+    check_dtype(program, settings["dtype"])
+    module = optimize_program(program, options, eager=eager)
+    options.progress("translate and compare in ONNX Runtime")
+    return export_onnx(module, path, measure=options.measure, **settings)
 
 
-def _folder_writer(subject: Subject, path: Path, form: str, verify: bool) -> Write:
-    """What writes the folder; only a Hugging Face model has one."""
+def _huggingface_folder(
+    subject: Subject, path: Path, form: str, options: Options, verify: bool
+) -> Checkpoint:
+    """The model with quantized weights in safetensors; only a Hugging Face model has such."""
     from graphopt.emit.checkpoint import export_huggingface
+    from graphopt.optimize import optimize_program
 
     source, _ = _huggingface(subject, form)
-
-    def write(module: OptimizedModule) -> tuple[dict[str, object], list[str]]:
-        result = export_huggingface(module, path, source, format=form, verify=verify)
-        return result.to_dict(), result.lines()
-
-    return write
+    options.progress("capture")
+    program, eager = subject.capture()
+    module = optimize_program(program, options, eager=eager)
+    options.progress("write and read back")
+    return export_huggingface(module, path, source, format=form, verify=verify)

@@ -7,7 +7,7 @@ batch are padded, and what a step gives is what the next one reads: here the fil
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.emit.onnx_runtime import TOLERANCE, open_session
+from graphopt.emit.onnx_drafts import Names
+from graphopt.emit.onnx_runtime import TOLERANCE, feed_of, open_session
 from graphopt.errors import VerificationError
 from graphopt.huggingface_decoding import Decoding, positions_of
 from graphopt.program import Program
@@ -55,19 +56,43 @@ def hold_decoder(
     Raises:
         VerificationError: logits differ, or are not finite.
     """
-    session, worst = open_session(path), 0.0
+    file, worst = file_step(open_session(path)), 0.0
+    names = decoder.input_names, decoder.output_names
+    steps = [program_step(captured, names), program_step(program, names), file]
     for prompt in (1, _longest(model)):
         ids, mask = _batch(prompt, model)
         walk = Walk(decoder, ids, mask, prompt)
-        wanted = _of_model(model, ids, mask)
-        dtype = wanted.dtype
-        first = _error(walk(_program_step(captured, decoder)), wanted, mask)
-        _check("the captured program", first, FROM_MODEL.get(dtype, EXACT), prompt)
-        made = walk(_program_step(program, decoder))
-        found = _error(walk(_file_step(session)), made, mask)
-        _check("the file", found, max(10 * TOLERANCE.get(dtype, 1e-5), 3 * measured), prompt)
-        worst = max(worst, found)
+        wanted, where = _of_model(model, ids, mask), f"a prompt of {prompt} tokens and {MORE} more"
+        worst = max(worst, hold_walk(walk, steps, wanted, mask, measured, where))
     return worst
+
+
+def hold_walk(
+    walk: Callable[[Any], Tensor],
+    steps: Sequence[Any],
+    wanted: Tensor,
+    mask: Tensor,
+    measured: float,
+    where: str,
+) -> float:
+    """The relative error of a file's logits ``(B, S, V)`` on a way from step to step.
+
+    Args:
+        steps: of the captured program, of the optimized one, and of the file.
+        wanted: logits of the model, of all tokens at once.
+        mask: ``(B, S)``, zero where logits mean nothing.
+        measured: see `hold_decoder`.
+
+    Raises:
+        VerificationError: logits differ, or are not finite.
+    """
+    dtype = wanted.dtype
+    captured, program, file = steps
+    first = _error(walk(captured), wanted, mask)
+    _check("the captured program", first, FROM_MODEL.get(dtype, EXACT), where)
+    found = _error(walk(file), walk(program), mask)
+    _check("the file", found, max(10 * TOLERANCE.get(dtype, 1e-5), 3 * measured), where)
+    return found
 
 
 class Walk:
@@ -132,21 +157,24 @@ def _parameters(model: nn.Module) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
 
 
-def _program_step(program: Program, decoder: Decoding) -> Step:
+def program_step(program: Program, names: Names) -> Step:
+    """A run of a program, by the names of its inputs and outputs."""
+
     def step(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        flat = [values[name] for name in decoder.input_names]
+        flat = [values[name] for name in names[0]]
         outputs = run_program(program, flat, wide=False, grad=False).outputs
-        return dict(zip(decoder.output_names, outputs, strict=True))
+        return dict(zip(names[1], outputs, strict=True))
 
     return step
 
 
-def _file_step(session: Any) -> Step:
+def file_step(session: Any) -> Step:
+    """A run of a file, in the halves that it reads."""
     inputs = [entry.name for entry in session.get_inputs()]
     outputs = [entry.name for entry in session.get_outputs()]
 
     def step(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        found = session.run(None, {n: values[n].numpy() for n in inputs})
+        found = session.run(None, feed_of(session, [values[n] for n in inputs], inputs))
         return {n: torch.from_numpy(a) for n, a in zip(outputs, found, strict=True)}
 
     return step
@@ -159,11 +187,11 @@ def _error(found: Tensor, wanted: Tensor, mask: Tensor) -> float:
     return float((wide - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
-def _check(what: str, error: float, allowed: float, prompt: int) -> None:
+def _check(what: str, error: float, allowed: float, where: str) -> None:
     if not error <= allowed:
         raise VerificationError(
-            f"{what} gives other logits behind an empty cache than the model it was made of: "
+            f"{what} gives other logits token by token than the model it was made of: "
             f"relative error {error:.2g}, allowed {allowed:.0e}",
-            where=f"a prompt of {prompt} tokens and {MORE} behind it",
+            where=where,
             fix="nothing was written; --recipe exact shows whether a pass is at fault",
         )

@@ -1,12 +1,11 @@
-"""A Hugging Face model as a folder with an ONNX file that other programs load by its names."""
+"""A Hugging Face model as a folder with ONNX files that other programs load by their names."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,17 +18,18 @@ from graphopt.emit.genai_config import genai_config
 from graphopt.emit.module import OptimizedModule
 from graphopt.emit.onnx import OnnxResult, check_program, export_onnx
 from graphopt.emit.onnx_decoding import hold_decoder
-from graphopt.errors import ExportError, LoadError
+from graphopt.emit.onnx_folder_plan import FolderPlan, plan_folder
+from graphopt.emit.onnx_half_choice import check_dtype
+from graphopt.emit.onnx_runtime import TOLERANCE
+from graphopt.emit.onnx_seq2seq import hold_seq2seq
+from graphopt.errors import ExportError, GraphoptError, LoadError
 from graphopt.files import atomic_path
-from graphopt.huggingface_decoding import Decoding, decoding, is_causal
-from graphopt.huggingface_inputs import huggingface_inputs
-from graphopt.inputs import Inputs
+from graphopt.huggingface_seq2seq import Part
 from graphopt.optimize import capture_model, optimize_program
 from graphopt.presets import Recipe, resolve
 from graphopt.program import Program
 from graphopt.recipe import Options
 
-NAME = "model.onnx"
 SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 """What sentence-transformers reads of a folder, besides the folders that ``modules.json`` names."""
 
@@ -39,8 +39,8 @@ class OnnxFolder:
     """A folder that was written.
 
     Attributes:
-        task: ``text-generation``, or what the outputs of the file are for.
-        file: what there is to tell of the ONNX file.
+        task: ``text-generation``, or what the outputs of the files are for.
+        models: what there is to tell of each ONNX file.
         files: everything in the folder, by its path in there.
         walked: largest relative error of logits on prompts and tokens behind them; None where it
             was not compared, or nothing is generated.
@@ -48,23 +48,33 @@ class OnnxFolder:
 
     path: Path
     task: str
-    file: OnnxResult
+    models: tuple[OnnxResult, ...]
     files: tuple[str, ...] = ()
     walked: float | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def file(self) -> OnnxResult:
+        """The first ONNX file, which is the only one unless encoder and decoder are apart."""
+        return self.models[0]
+
     def lines(self) -> list[str]:
         """What was written, in words."""
         told = [f"wrote {self.path} for {self.task}: {', '.join(self.files)}"]
-        told.append(f"inputs: {_few(self.file.inputs)}; outputs: {_few(self.file.outputs)}")
-        told += self.file.lines()[2:]
+        for model in self.models:
+            prefix = f"{model.path.name}: " if len(self.models) > 1 else ""
+            told.append(
+                f"{prefix}inputs: {_few(model.inputs)}; outputs: {_few(model.outputs)}",
+            )
+            told += [f"{prefix}{line}" for line in model.lines()[2:]]
         if self.walked is not None:
             told.append(f"prompts and tokens behind them: relative error {self.walked:.1e}")
         return [*told, *self.notes]
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data."""
-        return {**asdict(self), "path": str(self.path), "file": self.file.to_dict()}
+        models = [model.to_dict() for model in self.models]
+        return {**asdict(self), "path": str(self.path), "models": models}
 
 
 def _few(names: tuple[str, ...]) -> str:
@@ -73,130 +83,89 @@ def _few(names: tuple[str, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class FolderPlan:
-    """How a model is captured for its folder, before anything is.
+class _Made:
+    """A part after optimization, and its program before."""
 
-    Attributes:
-        model: as it was given, or a copy in float32 of one in bfloat16.
-        decoder: the call with a cache; None where nothing is generated.
-        origin: the folder that the model came from.
-        tokenizer: written into the folder where the origin has none.
-    """
-
-    model: nn.Module
-    task: str
-    inputs: Inputs
-    decoder: Decoding | None = None
-    origin: Path | None = None
-    tokenizer: Any = None
-    notes: tuple[str, ...] = ()
-
-
-def plan_folder(model: nn.Module, origin: Path | None = None, tokenizer: Any = None) -> FolderPlan:
-    """How ``model`` is called in its folder: with a cache where it generates text.
-
-    Raises:
-        ExportError: it is no model of transformers, or one of an encoder and a decoder.
-        CaptureError: it generates with something else than keys and values.
-        GraphoptError: no inputs are known for it.
-    """
-    _check_model(model)
-    model, notes = _in_float(model)
-    if tokenizer is None and "input_ids" in inspect.signature(model.forward).parameters:
-        notes = (*notes, "no tokenizer was found beside the model: none is in the folder")
-    rest = (origin, tokenizer, notes)
-    if is_causal(model):
-        found = decoding(model, tokenizer)
-        return FolderPlan(model, "text-generation", found.inputs, found, *rest)
-    return FolderPlan(model, _task(model), huggingface_inputs(model, tokenizer), None, *rest)
-
-
-def _in_float(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model in a dtype that ONNX Runtime has products of on a CPU; float32 holds bfloat16."""
-    if model.dtype != torch.bfloat16:
-        return model, ()
-    told = "weights were bfloat16 and are float32 in the file: ONNX Runtime has no such products"
-    return copy.deepcopy(model).float(), (told,)
-
-
-def _check_model(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "save_pretrained"):
-        raise ExportError(
-            f"a {type(model).__name__} has no Hugging Face config to write a folder with",
-            fix="give a transformers model or its folder, or write a file that ends in .onnx",
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ExportError(
-            f"{type(model).__name__} has an encoder and a decoder, and there is no folder of both "
-            "yet",
-            where="config.json, is_encoder_decoder",
-            fix="export its encoder, model.get_encoder(), as a folder; --format onnx writes the "
-            "whole as one file without a cache",
-        )
-
-
-def _task(model: nn.Module) -> str:
-    """The task by the name of the model's class, as transformers forms them."""
-    names = {
-        "ForSequenceClassification": "text-classification",
-        "ForTokenClassification": "token-classification",
-        "ForQuestionAnswering": "question-answering",
-        "ForMaskedLM": "fill-mask",
-        "ForMultipleChoice": "multiple-choice",
-        "ForImageClassification": "image-classification",
-    }
-    found = (task for ending, task in names.items() if type(model).__name__.endswith(ending))
-    return next(found, "feature-extraction")
+    part: Part
+    module: OptimizedModule
+    captured: Program
 
 
 def write_folder(
-    module: OptimizedModule,
-    captured: Program,
-    folder: str | Path,
     plan: FolderPlan,
+    folder: str | Path,
+    options: Options,
     *,
     opset: int | None = None,
     fuse: bool = True,
     verify: bool = True,
-    measure: bool = True,
+    dtype: str | None = None,
 ) -> OnnxFolder:
-    """Write what was made of the plan's model; arguments as `export_onnx` and `plan_folder`.
-
-    Args:
-        captured: the program before passes.
+    """Optimize the plan's model and write it; arguments as `export_onnx_folder` takes them.
 
     Raises:
-        ExportError: see `export_onnx`.
-        VerificationError: the file is not right; nothing is written.
+        see `export_onnx_folder`.
     """
-    target, inside = Path(folder), _place(plan)
-    names = (plan.decoder.input_names, plan.decoder.output_names) if plan.decoder else None
+    refuse_taken(Path(folder))
+    refuse_calibration(plan, options.calibration)
+    made = [_optimized(part, plan, options, dtype) for part in plan.parts]
+    target, inside = Path(folder), _inside(plan)
+    options.progress("translate and compare in ONNX Runtime")
+    settings: dict[str, Any] = {
+        "opset": opset,
+        "fuse": fuse,
+        "verify": verify,
+        "measure": options.measure,
+        "dtype": dtype,
+    }
     with atomic_path(target) as temporary:
-        (temporary / inside).parent.mkdir(parents=True)
-        file = export_onnx(
-            module,
-            temporary / inside,
-            opset=opset,
-            fuse=fuse,
-            verify=verify,
-            measure=measure,
-            names=names,
-        )
-        walked = None
-        if plan.decoder and verify:
-            walked = hold_decoder(
-                temporary / inside,
-                plan.decoder,
-                module.current_program(),
-                captured,
-                plan.model,
-                file.error or 0.0,
-            )
-        _write_beside(temporary, plan, names[0] if names else file.inputs)
-        files = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())
-    file = replace(file, path=target / inside)
-    return OnnxFolder(target, plan.task, file, tuple(files), walked, plan.notes)
+        place = temporary / inside
+        place.mkdir(parents=True)
+        files = [
+            export_onnx(m.module, place / m.part.file, names=m.part.names, **settings) for m in made
+        ]
+        walked = _walk(place, plan, made, files, dtype) if verify else None
+        _write_beside(temporary, plan, files[0].inputs, dtype)
+        found = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())
+    models = tuple(replace(f, path=target / inside / f.path.name) for f in files)
+    return OnnxFolder(target, plan.task, models, tuple(found), walked, plan.notes)
+
+
+def _optimized(part: Part, plan: FolderPlan, options: Options, dtype: str | None) -> _Made:
+    def told(text: str) -> None:
+        options.progress(f"{part.file}: {text}" if plan.is_split else text)
+
+    told("capture")
+    program, eager = capture_model(part.module, (), part.inputs.kwargs, part.inputs.dynamic or None)
+    check_program(program)
+    check_dtype(program, dtype)
+    module = optimize_program(program, replace(options, progress=told), eager=eager)
+    return _Made(part, module, program)
+
+
+def _walk(
+    place: Path,
+    plan: FolderPlan,
+    made: Sequence[_Made],
+    files: Sequence[OnnxResult],
+    dtype: str | None,
+) -> float | None:
+    """The error of logits in a generation; None where nothing is generated.
+
+    Raises:
+        VerificationError: it is too large.
+    """
+    measured = max(file.error or 0.0 for file in files)
+    if dtype is not None:
+        measured = max(measured, TOLERANCE[torch.float16])
+    programs = [m.module.current_program() for m in made]
+    captured = [m.captured for m in made]
+    if plan.is_split:
+        return hold_seq2seq(place, plan.parts, programs, captured, plan.model, measured)
+    if plan.decoder is None:
+        return None
+    path = place / plan.parts[0].file
+    return hold_decoder(path, plan.decoder, programs[0], captured[0], plan.model, measured)
 
 
 def export_onnx_folder(
@@ -211,13 +180,17 @@ def export_onnx_folder(
     verify: bool = True,
     measure: bool = True,
     strict: bool = False,
+    dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxFolder:
-    """Optimize a Hugging Face model, and write it as a folder with an ONNX file.
+    """Optimize a Hugging Face model, and write it as a folder with an ONNX file, or several.
 
     A causal language model becomes one file for prompts and for tokens behind a cache, with the
     names that optimum's ``ORTModelForCausalLM`` and `graphopt.generation.OnnxCausalLM` read;
-    ``genai_config.json`` tells onnxruntime-genai the same. Other models keep the names of
+    ``genai_config.json`` tells onnxruntime-genai the same. An encoder and a decoder (T5, BART,
+    Whisper) become ``encoder_model.onnx``, ``decoder_model.onnx`` and
+    ``decoder_with_past_model.onnx``, as ``ORTModelForSeq2SeqLM``, ``ORTModelForSpeechSeq2Seq`` and
+    `graphopt.generation.OnnxSeq2SeqLM` read them. Other models keep the names of
     transformers. Config and tokenizer lie beside it; the file of a folder of sentence-transformers
     lies in its folder ``onnx``.
 
@@ -226,26 +199,23 @@ def export_onnx_folder(
         folder: where to write; it may not hold files yet.
         passes: as `graphopt.compile` takes them, with ``calibration`` and ``strict``.
         tokenizer: of transformers, written into the folder; default: that of the model's folder.
-        opset, fuse, verify, measure: as `graphopt.export_onnx` takes them.
+        opset, fuse, verify, measure, dtype: as `graphopt.export_onnx` takes them. In ``float16``
+            keys and values are halves too, in ``mixed`` they are float32.
 
     Raises:
         ExportError: the folder has files, or the model has no such form.
         CaptureError: the model cannot be captured, or caches something else than keys and values.
-        VerificationError: the file is not right; nothing is written.
+        GraphoptError: ``calibration`` for an encoder and a decoder.
+        VerificationError: a file is not right; nothing is written.
     """
     refuse_taken(Path(folder))
+    check_dtype(None, dtype, verify=verify)
     model, origin = _source(model)
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(origin)
-    plan, told = plan_folder(model, origin, tokenizer), progress or (lambda _text: None)
+    told = progress or (lambda _text: None)
     options = Options(resolve(passes), calibration, strict=strict, measure=measure, progress=told)
-    told("capture")
-    captured, eager = capture_model(plan.model, (), plan.inputs.kwargs, plan.inputs.dynamic)
-    check_program(captured)
-    module = optimize_program(captured, options, eager=eager)
-    told("translate and compare in ONNX Runtime")
-    return write_folder(
-        module, captured, folder, plan, opset=opset, fuse=fuse, verify=verify, measure=measure
-    )
+    plan = plan_folder(model, origin, tokenizer)
+    return write_folder(plan, folder, options, opset=opset, fuse=fuse, verify=verify, dtype=dtype)
 
 
 def refuse_taken(folder: Path) -> None:
@@ -259,6 +229,21 @@ def refuse_taken(folder: Path) -> None:
             "there are files already where the folder is to be written",
             where=str(folder),
             fix="name a new folder",
+        )
+
+
+def refuse_calibration(plan: FolderPlan, calibration: Any) -> None:
+    """Refuse inputs to learn from where each file has others.
+
+    Raises:
+        GraphoptError: says so.
+    """
+    if plan.is_split and calibration is not None:
+        raise GraphoptError(
+            f"the files of {type(plan.model).__name__} have inputs of their own, and calibration "
+            "inputs are of the whole model",
+            where="calibration",
+            fix="leave it out, and quantize with a method that needs none (rtn, hqq)",
         )
 
 
@@ -287,19 +272,25 @@ def _tokenizer(origin: Path | None) -> Any:
         return None
 
 
-def _place(plan: FolderPlan) -> PurePosixPath:
+def _inside(plan: FolderPlan) -> PurePosixPath:
+    """Where in the folder the files lie."""
     is_sentence = plan.origin is not None and (plan.origin / SENTENCES[0]).is_file()
-    return PurePosixPath("onnx", NAME) if is_sentence else PurePosixPath(NAME)
+    return PurePosixPath("onnx" if is_sentence else ".")
 
 
-def _write_beside(folder: Path, plan: FolderPlan, inputs: tuple[str, ...]) -> None:
+def _write_beside(
+    folder: Path, plan: FolderPlan, inputs: tuple[str, ...], dtype: str | None
+) -> None:
     """Configs, the tokenizer's files, and what sentence-transformers reads."""
     model: Any = plan.model
     config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    halves = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    config.architectures = [type(model).__name__]
+    config.dtype = halves.get(dtype or "", model.dtype)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the file holds the weights, not torch
-    if plan.decoder is not None:
+    generates = plan.is_split or plan.decoder is not None
+    if generates:
         config.use_cache = True
     config.save_pretrained(folder)
     for file in files_beside(plan.origin):
@@ -308,12 +299,12 @@ def _write_beside(folder: Path, plan: FolderPlan, inputs: tuple[str, ...]) -> No
         plan.tokenizer.save_pretrained(folder)
     if plan.origin is not None:
         _copy_sentence_modules(plan.origin, folder)
-    if plan.decoder is None:
-        return
-    if not (folder / "generation_config.json").exists():
+    if generates and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
-    made = genai_config(model, plan.decoder, inputs)
-    (folder / "genai_config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    if plan.decoder is not None:
+        made = genai_config(model, plan.decoder, inputs)
+        text = json.dumps(made, indent=2) + "\n"
+        (folder / "genai_config.json").write_text(text, encoding="utf-8")
 
 
 def _copy_sentence_modules(origin: Path, folder: Path) -> None:

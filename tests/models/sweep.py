@@ -1,9 +1,11 @@
 """Optimize every model of the zoo as a user would, and write what happened as a page.
 
     PYTHONPATH=tests python -m models.sweep [--page docs/architectures.md] [NAME_OR_FAMILY ...]
+    PYTHONPATH=tests python -m models.sweep --onnx [--page docs/onnx_architectures.md] [...]
 
-Without names the whole zoo runs, for an hour or so, and the page is written. Exits with 1 where an
-optimized model differs from its original.
+Without names the whole zoo runs, for an hour or so, and the page is written. With ``--onnx`` models
+in eval mode become ONNX files, and what ONNX Runtime makes of those is compared. Exits with 1 where
+an optimized model differs from its original.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -25,17 +28,21 @@ from models import cnn, huggingface, sweep_page
 from models.entry import Axes, Entry
 from models.inventory import samples
 from models.sweep_check import Row, Trial, run
+from models.sweep_onnx import OnnxModule
 
-Job = tuple[str, str, bool]
+Job = tuple[str, str, bool, bool]
+"""Family, name, whether it trains, and whether it becomes an ONNX file."""
 ZOO = {"cnn": cnn.ENTRIES, **{e.family: huggingface.ENTRIES for e in huggingface.ENTRIES.values()}}
 
 
-def check(entry: Entry, training: bool) -> Row:
+def check(
+    entry: Entry, training: bool, lower: Callable[[torch.nn.Module], torch.nn.Module] | None = None
+) -> Row:
     """The row of one model: with all its axes dynamic, or with as many as graphopt accepts."""
     row = Row(entry.name, entry.family, "train" if training else "eval")
     axes = {**entry.dynamic_axes, **(entry.label_axes if training else {})}
     for kept in _fewer(sorted(_names(axes))):
-        tried = run(_trial(entry, training, axes, set(kept)))
+        tried = run(replace(_trial(entry, training, axes, set(kept)), lower=lower))
         if not row.cause:
             row.cause = tried.cause
         if tried.captured:
@@ -98,23 +105,26 @@ def check_module(name: str, training: bool) -> list[Row]:
 
 
 def _job(job: Job) -> list[Row]:
-    family, name, training = job
+    family, name, training, onnx = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if family == "module":
         return check_module(name, training)
-    return [check(ZOO[family][name], training)]
+    return [check(ZOO[family][name], training, OnnxModule if onnx else None)]
 
 
-def jobs(wanted: list[str]) -> Iterator[Job]:
+def jobs(wanted: list[str], onnx: bool = False) -> Iterator[Job]:
     """Names with their modes; with names or families given, only those."""
     entries = [*huggingface.ENTRIES.values(), *cnn.ENTRIES.values()]
     modules = dict.fromkeys(sample.name.partition("[")[0] for sample in samples(1))
     every = [(e.family, e.name) for e in entries] + [("module", name) for name in modules]
     for family, name in every:
-        if not wanted or {name, family} & set(wanted):
-            yield family, name, False
-            yield family, name, True
+        if wanted and not {name, family} & set(wanted):
+            continue
+        if not onnx:
+            yield from ((family, name, training, False) for training in (False, True))
+        elif family != "module":
+            yield family, name, False, True
 
 
 def main(arguments: list[str]) -> int:
@@ -123,12 +133,13 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("names", nargs="*", help="models, families, or modules such as nn.Linear")
     parser.add_argument("--page", type=Path, help="the Markdown page to write")
+    parser.add_argument("--onnx", action="store_true", help="compare ONNX files in ONNX Runtime")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
-    todo = list(jobs(given.names))
+    todo = list(jobs(given.names, given.onnx))
     rows = list(_rows(todo, given.workers, lambda row: print(row.line(), flush=True)))
     if given.page is not None:
-        given.page.write_text(sweep_page.page(rows))
+        given.page.write_text((sweep_page.onnx_page if given.onnx else sweep_page.page)(rows))
     wrong = [f"{row.name} ({row.mode})" for row in rows if row.wrong]
     print(f"{len(wrong)} of {len(rows)} differ: {', '.join(wrong) or 'none'}")
     return int(bool(wrong))

@@ -25,7 +25,10 @@ DRAWS = 4
 
 @dataclass
 class Trial:
-    """A model, how it is called, and the further sizes it must then take."""
+    """A model, how it is called, and the further sizes it must then take.
+
+    ``lower`` makes of the compiled module what is compared in its place, such as an ONNX file.
+    """
 
     model: Callable[[], nn.Module]
     args: tuple[Any, ...]
@@ -33,14 +36,16 @@ class Trial:
     shapes: Any
     sizes: list[tuple[str, Callable[[], dict[str, Any]]]]
     training: bool
+    lower: Callable[[nn.Module], nn.Module] | None = None
 
 
 @dataclass
 class Row:
     """What happened to one model in one mode.
 
-    ``axes`` are the ones that stayed dynamic, ``applied`` counts kept rewrites by pass, ``forward``
-    and ``gradient`` are the largest relative RMS differences, ``cause`` says what was refused.
+    ``sizes`` says at which it was compared, ``axes`` are the ones that stayed dynamic, ``applied``
+    counts kept rewrites by pass, ``forward`` and ``gradient`` are the largest relative RMS
+    differences, ``cause`` says what was refused.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Row:
     mode: str
     captured: bool = False
     axes: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
     before: int = 0
     after: int = 0
     applied: dict[str, int] = field(default_factory=dict)
@@ -80,6 +86,7 @@ def run(trial: Trial) -> Row:
             dynamic_shapes=trial.shapes,
             measure=False,
         )
+        called = module if trial.lower is None else trial.lower(module)
     except GraphoptError as error:
         row.cause = _first_line(error)
         return row
@@ -90,7 +97,7 @@ def run(trial: Trial) -> Row:
     row.applied = dict(Counter(a.pass_name for a in module.report.applied))
     row.before, row.after = len(module.report.graph_before), len(module.report.graph_after)
     for what, kwargs in [("the captured size", lambda: trial.kwargs), *trial.sizes]:
-        _compare(row, module, trial, kwargs(), what)
+        _compare(row, called, trial, kwargs(), what)
     return row
 
 
@@ -112,6 +119,7 @@ def _compare(row: Row, module: nn.Module, trial: Trial, kwargs: dict[str, Any], 
     except Exception as error:
         row.wrong = row.wrong or f"{what}, with {_first_line(error)}"
         return
+    row.sizes = (*row.sizes, what)
     row.forward = max(row.forward, difference(ours[0], theirs[0]))
     if trial.training:
         row.gradient = max(row.gradient or 0.0, difference(ours[1], theirs[1], SILENT))
@@ -185,8 +193,8 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _floats(tree: Any) -> dict[str, Tensor]:
-    leaves = enumerate(pytree.tree_leaves(tree))
-    return {str(i): leaf.detach() for i, leaf in leaves if isinstance(leaf, Tensor)}
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {str(i): tensor.detach() for i, tensor in enumerate(tensors)}
 
 
 def _gradients(model: nn.Module, outputs: Any) -> dict[str, Tensor]:

@@ -43,6 +43,33 @@ The first two of torch's own sample inputs for each module of `torch.nn`, in eva
 {modules}
 """
 
+ONNX_PAGE = """# Which architectures become ONNX files
+
+Each model below is built with random weights from a small configuration, goes in eval mode through
+`graphopt.compile(model, ...)` with preset `exact` and `graphopt.export_onnx`, and the file runs in
+ONNX Runtime on a CPU. `export_onnx` compares it with the program before it is put in place; here
+its outputs are held besides against those of the model itself, at the captured size and at sizes
+that were not seen.
+
+- **axes**: those that stayed dynamic. Where a model or its export fixes one, the last column says
+  so, and the row shows the model with that axis left out of `dynamic_shapes`.
+- **sizes**: unseen ones at which outputs were compared. A size that the model itself does not take
+  is not there.
+- **outputs**: the largest relative RMS difference from the model in float32. More than
+  {forward:.0e} is marked as a difference, unless the file is as near to the model in float64 as the
+  model in float32 is, with its weights moved by a rounding or not.
+- **refusal**: why there is no file, or not one with more dynamic axes.
+
+Made on {date} with {versions}, on {machine}.
+`PYTHONPATH=tests python -m models.sweep --onnx --page docs/onnx_architectures.md` makes it again.
+
+{summary}
+
+| model | family | axes | sizes | outputs | refusal |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+"""
+
 SHORT = {
     "Canonicalize": "canonical",
     "EliminateCommonSubexpressions": "common",
@@ -54,6 +81,7 @@ SHORT = {
     "MergeProjections": "projections",
 }
 PACKAGES = ("torch", "transformers", "graphopt")
+ONNX_PACKAGES = (*PACKAGES, "onnx", "onnxscript", "onnxruntime")
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -62,14 +90,42 @@ def page(rows: Sequence[Row]) -> str:
     return PAGE.format(
         forward=FORWARD_TOLERANCE,
         gradient=GRADIENT_TOLERANCE,
-        date=datetime.datetime.now(datetime.UTC).date(),
-        versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
-        machine=f"{platform.machine()} CPU, Python {platform.python_version()}",
+        **_made_with(PACKAGES),
         summary=_summary(hugging_face, "Hugging Face architectures"),
         hugging_face=_table(hugging_face),
         cnn=_table([r for r in rows if r.family == "cnn"]),
         modules=_modules(modules),
     )
+
+
+def onnx_page(rows: Sequence[Row]) -> str:
+    good, wrong = [r for r in rows if _right(r)], [r.name for r in rows if r.wrong]
+    whole = [r for r in good if not r.cause]
+    refused = [r.name for r in rows if not r.captured]
+    return ONNX_PAGE.format(
+        forward=FORWARD_TOLERANCE,
+        **_made_with(ONNX_PACKAGES),
+        summary=f"Of {len(rows)} models, {len(good)} become files whose outputs are those of the "
+        f"model, {len(whole)} of them with every axis dynamic. No file: "
+        f"{', '.join(refused) or 'none'}. Different from the model: {', '.join(wrong) or 'none'}.",
+        rows="\n".join(map(_onnx_line, rows)),
+    )
+
+
+def _onnx_line(row: Row) -> str:
+    forward = f"{row.forward:.0e}" if row.captured else ""
+    forward += f" **differs at {row.wrong}**" if row.wrong else ""
+    sizes = ", ".join(row.sizes[1:])
+    cells = [row.name, row.family, ", ".join(row.axes), sizes, forward, _plain(row.cause)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _made_with(packages: Sequence[str]) -> dict[str, object]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+        "machine": f"{platform.machine()} CPU, Python {platform.python_version()}",
+    }
 
 
 def _summary(rows: Sequence[Row], what: str) -> str:

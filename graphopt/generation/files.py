@@ -1,0 +1,195 @@
+"""What models in ONNX files share: the folder, sessions, and tensors bound by their memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from graphopt.errors import GraphoptError, LoadError, MissingDependencyError
+
+PAST, PRESENT = "past_key_values", "present"
+
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+}
+FIELD = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else PAST
+"""What transformers calls the cache among outputs, from 5.24 on and before."""
+
+
+class OnnxModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A model of transformers whose weights are in the ONNX files of a folder.
+
+    Args:
+        files: that the folder must have, besides ``config.json``.
+    """
+
+    _supports_sdpa = True
+
+    def __init__(self, folder: str | os.PathLike[str], files: Sequence[str]) -> None:
+        place = Path(folder)
+        for name in (*files, "config.json"):
+            if not (place / name).is_file():
+                raise LoadError(
+                    f"the folder has no {name}",
+                    where=str(place),
+                    fix="graphopt export MODEL --format optimum writes such a folder",
+                )
+        super().__init__(read_config(place))
+        self.generation_config: Any = _generation_config(place, self.config)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU, where inputs and the cache are."""
+        return torch.device("cpu")
+
+    def save_pretrained(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refused: weights are in the ONNX files.
+
+        Raises:
+            GraphoptError: always.
+        """
+        raise GraphoptError(
+            "an ONNX file's weights are no state dict of transformers", fix="copy the folder"
+        )
+
+
+class OnnxFile:
+    """A file in ONNX Runtime, whose inputs and outputs are tensors of torch.
+
+    Attributes:
+        session: the ``onnxruntime.InferenceSession``.
+        inputs: what ONNX Runtime says of them, by their names; ``outputs`` the same.
+    """
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self.path, self.session = path, _open(path, threads)
+        self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
+        self.outputs = {entry.name: entry for entry in self.session.get_outputs()}
+        for entry in (*self.inputs.values(), *self.outputs.values()):
+            if entry.type not in _DTYPES:
+                raise LoadError(f"{entry.name} is a {entry.type}", where=str(path))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of an input or an output."""
+        return _DTYPES[(self.inputs.get(name) or self.outputs[name]).type]
+
+    def empty(self, name: str, rows: int) -> Tensor:
+        """Keys or values ``(rows, heads, 0, width)`` for an input."""
+        _, heads, _, width = self.inputs[name].shape
+        return torch.empty(rows, heads, 0, width, dtype=self.dtype(name))
+
+    def run(
+        self, values: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """One run, which writes outputs of the shapes ``wanted`` into tensors that are made here.
+
+        Values that the file does not take are left out.
+        """
+        made = {name: torch.empty(*shape, dtype=self.dtype(name)) for name, shape in wanted.items()}
+        held = {name: v.contiguous() for name, v in values.items() if name in self.inputs}
+        binding = self.session.io_binding()
+        for name, tensor in held.items():
+            self._bind(binding.bind_input, binding.bind_cpu_input, name, tensor)
+        for name, tensor in made.items():
+            self._bind(binding.bind_output, None, name, tensor)
+        self.session.run_with_iobinding(binding)
+        return made
+
+    def _bind(self, bind: Any, empty: Any, name: str, tensor: Tensor) -> None:
+        """Bind a tensor by its memory; one without elements has none, and is given as it is."""
+        if tensor.dtype != self.dtype(name):
+            taken = self.inputs[name].type
+            raise GraphoptError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the file takes {taken}",
+                where=name,
+            )
+        if not math.prod(tensor.shape) and empty is not None:
+            empty(name, tensor.numpy())
+            return
+        kind = tensor.numpy().dtype.type
+        bind(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+
+
+def read_config(place: Path) -> Any:
+    """The config of transformers in a folder."""
+    return AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+
+
+def _open(path: Path, threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "generation from ONNX files needs onnxruntime", fix="pip install 'graphopt[onnx]'"
+        ) from error
+    from graphopt.loading import check_external_data
+
+    check_external_data(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        first = str(error).splitlines()[0]
+        raise LoadError(f"ONNX Runtime cannot load the file: {first}", where=str(path)) from error
+
+
+def _generation_config(place: Path, config: Any) -> Any:
+    if (place / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(place, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def started_layers(cache: Any) -> list[Any]:
+    """Layers of a cache that hold something.
+
+    Raises:
+        GraphoptError: it is of another kind: layers that dropped positions cannot be continued.
+    """
+    if cache is None:
+        return []
+    layers = getattr(cache, "layers", None)
+    started = [layer for layer in layers or () if layer.is_initialized]
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in started):
+        kinds = {type(layer).__name__ for layer in started} or {"no layers"}
+        raise GraphoptError(
+            f"a {type(cache).__name__} with {', '.join(sorted(kinds))} cannot be the cache of an "
+            "ONNX file",
+            where="cache",
+            fix="leave cache_implementation and the cache out, or give transformers.DynamicCache()",
+        )
+    return started
+
+
+def check_names(
+    file: OnnxFile, taken: Sequence[str], given: Sequence[str], what: str, optional: Sequence[str]
+) -> None:
+    """Refuse a file with other inputs or outputs.
+
+    Raises:
+        LoadError: names the first of them.
+    """
+    strange = sorted(set(file.inputs) - {*taken, *optional})
+    missing = sorted((set(taken) - set(file.inputs)) | (set(given) - set(file.outputs)))
+    if strange or missing:
+        told = f"takes {strange[0]!r}" if strange else f"has no {missing[0]!r}"
+        raise LoadError(
+            f"the file {told}, and is none for {what}",
+            where=str(file.path),
+            fix="graphopt export MODEL --format optimum writes one",
+        )
