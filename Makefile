@@ -50,9 +50,10 @@ coverage: $(READY)  ## tests with coverage of graphopt/ and passes/
 bench: $(READY)  ## benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks
 
-sweep: $(READY)  ## the tests that are too long for every day; writes docs/architectures.md
+sweep: $(READY)  ## the tests that are too long for every day; writes docs/*architectures.md
 	$(BIN)/python -m pytest -m sweep tests
 	PYTHONPATH=tests $(BIN)/python -m models.sweep --page docs/architectures.md
+	PYTHONPATH=tests $(BIN)/python -m models.sweep --onnx --page docs/onnx_architectures.md
 
 wheel: $(READY)  ## sdist and wheel in dist/
 	$(BIN)/python -m build

@@ -64,7 +64,7 @@ def test_a_folder_in_four_bits_from_a_text(source: Path, tmp_path: Path, capsys:
     assert {"model.onnx", "config.json", "tokenizer.json", "genai_config.json"} <= set(
         facts["files"]
     )
-    assert any("MatMulNBits" in note for note in facts["file"]["notes"])
+    assert any("MatMulNBits" in note for note in facts["models"][0]["notes"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("w7 w8 w9", return_tensors="pt").input_ids
     made = OnnxCausalLM(out).generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
