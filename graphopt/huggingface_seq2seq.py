@@ -28,8 +28,8 @@ ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model.onnx"
 WITH_PAST = "decoder_with_past_model.onnx"
 
-PAST_TOKENS, TOKENS = 5, 3
-"""Of the example call: tokens in the cache, and tokens behind them."""
+PAST_TOKENS, TOKENS, PADDING = 5, 3, 3
+"""Of the example call: tokens in the cache, tokens behind them, padding of the source."""
 MAIN_INPUTS = ("input_ids", "input_features")
 """What encoders read that have such files."""
 KINDS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.encoder = model.get_encoder()
+        self.encoder, self.training = model.get_encoder(), model.training
 
     def forward(self, **values: Tensor) -> Tensor:
         states: Tensor = self.encoder(**values)[0]
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
 
     def forward(
         self,
@@ -94,7 +94,7 @@ class DecoderWithPast(nn.Module):
 
     def __init__(self, model: nn.Module, states: int) -> None:
         super().__init__()
-        self.model, self.states = model, states
+        self.model, self.states, self.training = model, states, model.training
 
     def forward(
         self,
@@ -185,32 +185,31 @@ def _decoded(
 
 
 def _source(model: nn.Module, tokenizer: Callable[..., Any] | None) -> Inputs:
-    """What the encoder reads; rows of a text are padded on their right."""
+    """What the encoder reads; the last row of a text is padded on its right."""
     main = getattr(model, "main_input_name", "input_ids")
-    names = inspect.signature(model.forward).parameters
-    if main not in MAIN_INPUTS or not all(name in names for name in ("decoder_input_ids",)):
-        raise CaptureError(
-            f"{type(model).__name__} reads {main}, and folders of an encoder and a decoder are "
-            f"for {' or '.join(MAIN_INPUTS)}",
-            where="config.json, architectures",
-            fix="--format onnx writes the whole as one file without a cache",
-        )
+    _check_source(model, main)
     found = huggingface_inputs(model, tokenizer)
-    kwargs = {k: v for k, v in found.kwargs.items() if k in (main, "attention_mask")}
-    if main == "input_ids":
-        mask = kwargs["attention_mask"].clone()
-        mask[-1, -3:] = 0
-        kwargs["attention_mask"] = mask
-    axes = {k: found.dynamic[k] for k in kwargs}
-    if main == "input_ids":
-        axes = {k: {0: "batch", 1: "source"} for k in kwargs}
-    elif _masks(model):
+    if main != "input_ids":
+        return Inputs({main: found.kwargs[main]}, {main: found.dynamic[main]})
+    mask = found.kwargs["attention_mask"].clone()
+    mask[-1, -PADDING:] = 0
+    kwargs = {main: found.kwargs[main], "attention_mask": mask}
+    return Inputs(kwargs, {name: {0: "batch", 1: "source"} for name in kwargs})
+
+
+def _check_source(model: nn.Module, main: str) -> None:
+    names = inspect.signature(model.forward).parameters
+    told = ""
+    if main not in MAIN_INPUTS or "decoder_input_ids" not in names:
+        told = f"reads {main}, and such folders are for {' or '.join(MAIN_INPUTS)}"
+    elif main != "input_ids" and _masks(model):
+        told = "reads sounds with a mask, which its encoder makes shorter"
+    if told:
         raise CaptureError(
-            f"{type(model).__name__} reads sounds with a mask, which its encoder makes shorter",
+            f"{type(model).__name__} {told}",
             where="config.json, architectures",
             fix="--format onnx writes the whole as one file without a cache",
         )
-    return Inputs(kwargs, axes)
 
 
 def _masks(model: Any) -> bool:

@@ -33,6 +33,8 @@ from graphopt.huggingface_seq2seq import (
 )
 
 MASK, STATES = "encoder_attention_mask", "encoder_hidden_states"
+FRAMES = 2
+"""Of a sound that become one state, in Whisper."""
 POSITIONS = "cache_position"
 """What files of optimum take besides, where a model of its time did."""
 
@@ -53,14 +55,25 @@ class OnnxEncoder(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         input_features: Tensor | None = None,
-        **_unused: Any,
+        return_dict: bool = True,
+        **asked: Any,
     ) -> Any:
         """``BaseModelOutput`` with ``last_hidden_state`` ``(B, S, E)``.
 
         Args:
             input_ids: ``(B, S)`` int64, or ``input_features`` ``(B, bins, frames)``.
             attention_mask: ``(B, S)`` of zeros and ones; default: all is seen.
+            return_dict: if not, a tuple is given.
+
+        Raises:
+            GraphoptError: attentions or hidden states are asked for, which the file does not give.
         """
+        if found := sorted(name for name, value in asked.items() if value):
+            raise GraphoptError(
+                f"an ONNX file gives last_hidden_state alone, and nothing for {found[0]}",
+                where=found[0],
+                fix="leave it out",
+            )
         main = input_ids if self.main_input_name == "input_ids" else input_features
         if main is None:
             raise GraphoptError(
@@ -74,10 +87,11 @@ class OnnxEncoder(nn.Module):
             values["attention_mask"] = mask.to(torch.int64)
         else:
             values[self.main_input_name] = main.to(self._file.dtype(self.main_input_name))
-        _, length, width = self._file.outputs["last_hidden_state"].shape
-        shape = (main.shape[0], length if isinstance(length, int) else main.shape[1], width)
+        length = main.shape[1] if self.main_input_name == "input_ids" else main.shape[2] // FRAMES
+        shape = (main.shape[0], length, self._file.outputs["last_hidden_state"].shape[2])
         made = self._file.run(values, {"last_hidden_state": shape})
-        return BaseModelOutput(last_hidden_state=made["last_hidden_state"])
+        output = BaseModelOutput(last_hidden_state=made["last_hidden_state"])
+        return output if return_dict else output.to_tuple()
 
 
 class OnnxSeq2SeqLM(OnnxModel):
@@ -191,8 +205,8 @@ class OnnxSeq2SeqLM(OnnxModel):
                 where="cache",
                 fix="give transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())",
             )
-        both = (cache.self_attention_cache, cache.cross_attention_cache) if cache else (None, None)
-        own, other = map(started_layers, both)
+        own = started_layers(getattr(cache, "self_attention_cache", None))
+        other = started_layers(getattr(cache, "cross_attention_cache", None))
         if not own or own[0].keys.shape[2] == 0:
             return []
         count = len(self._layers) // len(KINDS)
