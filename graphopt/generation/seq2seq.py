@@ -181,6 +181,8 @@ class OnnxSeq2SeqLM(OnnxModel):
                 fix="give the first token of a text, config.decoder_start_token_id, or call "
                 "generate",
             )
+        given = cache if cache is not None else past_key_values
+        past = self._past(given, decoder_input_ids.shape[0])
         _check_all_seen(decoder_attention_mask)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, input_features)
@@ -189,8 +191,6 @@ class OnnxSeq2SeqLM(OnnxModel):
         if MASK in self._first.inputs:
             seen = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
             values[MASK] = seen.to(torch.int64)
-        given = cache if cache is not None else past_key_values
-        past = self._past(given, decoder_input_ids.shape[0])
         wants = use_cache is not False or given is not None
         logits, present = self._run(values, past, wants=wants)
         kept = {FIELD: self._kept(given, present)} if wants else {}
