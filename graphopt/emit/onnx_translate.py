@@ -23,6 +23,7 @@ from graphopt.signature import InputKind, OutputKind
 from graphopt.source import source_line
 
 aten = torch.ops.aten
+_HIDDEN = "graphopt.hidden"
 
 
 def input_names(program: Program) -> tuple[str, ...]:
@@ -161,10 +162,39 @@ def fuse_for_runtime(model: Any) -> dict[str, int]:
         "rms_normalization": onnx_norms.count(model.model),
         "rotary_embedding": onnx_rotary.count(model.model),
     }
+    _hide_windows(model.model)
     with quiet():
         fused, counts = optimize_for_ort(model.model)
+    _show_windows(fused)
     model.model = fused
     if onnx_sums.doubles_apart(fused):
         counts = {name: count for name, count in counts.items() if name not in onnx_sums.FUSIONS}
     totals = {name: counts.get(name, 0) + own.get(name, 0) for name in {**counts, **own}}
     return {name: count for name, count in totals.items() if count}
+
+
+def _hide_windows(model: Any) -> None:
+    """Put reshapes of attention's heads to other than ``(B, S, E)`` under a name that none matches.
+
+    onnxscript puts attention in place of the transpose of heads and of any reshape behind it, but
+    its result has three axes (Swin makes windows of heads at once).
+    """
+    for node in [node for node in model.graph if _makes_windows(node)]:
+        node.domain = _HIDDEN
+        model.opset_imports[_HIDDEN] = 1
+
+
+def _show_windows(model: Any) -> None:
+    model.opset_imports.pop(_HIDDEN, None)
+    for node in model.graph:
+        if node.domain == _HIDDEN:
+            node.domain = ""
+
+
+def _makes_windows(node: Any) -> bool:
+    before = node.inputs[0].producer() if node.op_type == "Reshape" else None
+    if before is None or before.op_type != "Transpose" or "perm" not in before.attributes:
+        return False
+    shape = node.outputs[0].shape
+    swaps_heads = list(before.attributes["perm"].as_ints()) == [0, 2, 1, 3]
+    return swaps_heads and shape is not None and len(shape) != 3
