@@ -240,7 +240,7 @@ def _layers(
         model, lambda: _decoded(model, ids, states, mask.get("encoder_attention_mask"))
     )
     found = [c for c in (getattr(output, n, None) for n in CACHE_ARGUMENTS) if c is not None]
-    kept = found[0] if found else None
+    kept: Any = found[0] if found else None
     parts = (
         (kept.self_attention_cache, kept.cross_attention_cache)
         if type(kept) is caches.EncoderDecoderCache
@@ -291,7 +291,7 @@ def _axes(name: str) -> dict[int, str]:
 def _past_names(model: nn.Module, past: Sequence[Any]) -> list[str]:
     """``past_key_values.LAYER.decoder.key`` and so on of all tensors, in their flat order."""
     huggingface.register_caches([model])
-    known = {}
+    known: dict[int, str] = {}
     for index, cache in enumerate(past):
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         known |= {

@@ -227,7 +227,9 @@ class OnnxSeq2SeqLM(OnnxModel):
         file = self._behind if past else self._first
         rows, count = values["input_ids"].shape
         start = past[0].shape[2] if past else 0
-        shapes = {"logits": (rows, count, file.outputs["logits"].shape[-1])}
+        shapes: dict[str, tuple[int, ...]] = {
+            "logits": (rows, count, file.outputs["logits"].shape[-1])
+        }
         if wants:
             shapes |= self._shapes(file, rows, start + count, values[STATES].shape[1])
         held = dict(zip(self._layers, past, strict=False))
@@ -241,7 +243,7 @@ class OnnxSeq2SeqLM(OnnxModel):
         self, file: OnnxFile, rows: int, seen: int, source: int
     ) -> dict[str, tuple[int, ...]]:
         """Of the keys and values that a file gives."""
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for name in self._layers:
             made = name.replace(PAST, PRESENT)
             if made in file.outputs:

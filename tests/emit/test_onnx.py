@@ -188,3 +188,30 @@ def test_attention_that_is_reshaped_without_a_copy(tmp_path):
         measure=False,
     )
     assert graphopt.export_onnx(module, tmp_path / "net.onnx", measure=False).error < 2e-5
+
+
+class Windows(nn.Module):
+    """Heads that are put together as windows at once, as in Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        rows = x.shape[0]
+        parts = (layer(x).view(rows, 16, 2, 8) for layer in (self.query, self.key, self.value))
+        heads = [part.transpose(1, 2) for part in parts]
+        made = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+        return self.out(made.reshape(rows, 4, 4, 16)).transpose(1, 2)
+
+
+def test_heads_may_become_windows(tmp_path):
+    """onnxscript would give attention's output four axes, which ONNX Runtime refuses."""
+    module = graphopt.compile(
+        Windows().eval(),
+        example_inputs=(torch.randn(2, 16, 16),),
+        dynamic_shapes={"x": {0: "batch"}},
+        measure=False,
+    )
+    result = graphopt.export_onnx(module, tmp_path / "windows.onnx", measure=False)
+    assert result.error < 1e-5
