@@ -131,6 +131,9 @@ def _untranslated(error: Exception, program: Program) -> ExportError:
     text = str(error.__cause__ or error)
     found = re.search(r"'(?:<OpOverload\(op=')?([\w.:]+)", text)
     operator = found[1] if found else ""
+    if called := re.search(r"target=torch\.ops\.([\w.]+)\]", text):
+        operator = called[1]
+        text = f"the exporter knows no torch.ops.{operator}"
     where = next((source_line(n) for n in program.graph.nodes if operator in str(n.target)), None)
     first = text.strip().splitlines()[0][:300]
     return ExportError(f"no ONNX translation: {first}", where=where if operator else None)
