@@ -189,6 +189,22 @@ def test_bfloat16_is_held_in_float32(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_halves_are_in_the_cache_too(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    result = export_onnx_folder(model, tmp_path / "out", passes=[], measure=False, dtype="float16")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    kinds = {entry.type for entry in (*session.get_inputs(), *session.get_outputs())}
+    assert kinds == {"tensor(int64)", "tensor(float16)"}
+    assert result.walked is not None and 1e-5 < result.walked < 1e-2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_a_dtype_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="bfloat16"):
+        export_onnx_folder(llama(), tmp_path / "out", dtype="bfloat16")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_fit_the_file(tmp_path: Path) -> None:
     model = nn.Linear(2, 2).eval()
     module = graphopt.compile(model, example_inputs=(torch.ones(1, 2),), passes=[])
