@@ -19,6 +19,7 @@ NAMES = (
     "optimize_cost",
     "depth",
     "minilm",
+    "onnx_exports",
     "resnet20",
     "loss_heads",
     "loss_heads_gpu",
