@@ -1,4 +1,4 @@
-"""ONNX files of four models by whoever makes some, raced in ONNX Runtime: float32, CPU, two threads.
+"""ONNX files of four models by whoever makes some, raced in ONNX Runtime: float32, two CPU threads.
 
 Every file of a model gets the same inputs, in turn, from a session with default settings; before a
 contender is timed, threads of the one before stop spinning, and it runs once. Outputs are compared

@@ -130,7 +130,7 @@ def smollm2_subject(data: Path | None) -> Subject | None:
 def decoder_subject(
     name: str, model: nn.Module, text: Tensor, kind: tuple[str, int, int] | None
 ) -> Subject:
-    """A causal language model: a token behind all other tokens of ``text`` ``(1, n)``, and a prompt.
+    """A causal language model: a token behind all others of ``text`` ``(1, n)``, and a prompt.
 
     Prompts stand behind one token: a captured program of a cache has at least one in it.
     """
