@@ -3,7 +3,9 @@
 ``x W^T`` of a weight that is read as it is too comes out of translation as a product with the
 weight transposed, in a second copy (of the file, or made by ONNX Runtime at load). ``Gemm`` reads
 ``W`` as it lies, and only packs a copy of its own, which ``session.disable_prepacking`` keeps it
-from. For a weight of 49,152x576 a session takes 118 MB instead of 226.
+from. For a weight of 49,152x576 a session takes 118 MB instead of 226. A weight that is no
+constant is not packed by any session: `unpacked` gives it to ``Gemm`` through a reshape to its own
+shape, which depends on the inputs as far as ONNX Runtime can tell, and which copies nothing.
 """
 
 from __future__ import annotations
@@ -75,10 +77,35 @@ def tied_products(program: Any) -> Any | None:
 
 def tied_weights(model: Any) -> list[str]:
     """Initializers of an ``onnx_ir`` model that ``Gemm`` transposes and something else reads."""
-    gemms = (node for node in model.graph if (node.domain, node.op_type) == ("", "Gemm"))
-    read = (n.inputs[1] for n in gemms if n.attributes.get_int("transB", 0))
-    shared = [value for value in read if _if_shared(value, model.graph) is not None]
-    return list(dict.fromkeys(value.name for value in shared))
+    return list(dict.fromkeys(node.inputs[1].name for node in _tied_gemms(model.graph)))
+
+
+def _tied_gemms(graph: Any) -> list[Any]:
+    gemms = (node for node in graph if (node.domain, node.op_type) == ("", "Gemm"))
+    turned = (node for node in gemms if node.attributes.get_int("transB", 0))
+    return [node for node in turned if _if_shared(node.inputs[1], graph) is not None]
+
+
+def unpacked(program: Any) -> Any:
+    """A copy of a `torch.onnx.ONNXProgram` whose tied products read weights that are no constants.
+
+    ``Gemm(x, Reshape(W, 0 * Shape(x)), transB=1)``: a size of 0 stands for that of the weight.
+    """
+    twin = copy.copy(program)
+    twin.model = program.model.clone()
+    graph = twin.model.graph
+    for node in _tied_gemms(graph):
+        emit = Emitter()
+        emit.constants.update(graph.initializers)
+        sizes = emit("Mul", emit("Shape", node.inputs[0]), emit.numbers(0, 0))
+        weight = emit("Reshape", node.inputs[1], sizes)
+        weight.type, weight.shape = node.inputs[1].type, node.inputs[1].shape
+        node.replace_input_with(1, weight)
+        graph.insert_before(node, emit.nodes)
+        for name, value in emit.constants.items():
+            if name not in graph.initializers:
+                graph.register_initializer(value)
+    return twin
 
 
 def _products(graph: Any) -> Iterator[_Product]:
