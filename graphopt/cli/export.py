@@ -49,6 +49,11 @@ OPTIMUM = "optimum"
     "Operators that need float32 keep it.",
 )
 @click.option("--fuse/--no-fuse", default=True, help="ONNX Runtime's operator fusions.")
+@click.option(
+    "--one-copy",
+    is_flag=True,
+    help="Sessions hold a weight that embedding and head share once; few rows are slower.",
+)
 @click.option("--verify/--no-verify", default=True, help="Compare before the file is put in place.")
 def command(
     model: str,
@@ -68,6 +73,7 @@ def command(
     opset: int | None,
     dtype: str | None,
     fuse: bool,
+    one_copy: bool,
     verify: bool,
 ) -> None:
     """Write MODEL as ONNX or as a Hugging Face folder, compared before it is put in place."""
@@ -75,7 +81,7 @@ def command(
 
     with progress("export", quiet=as_json) as step:
         path = Path(output or f"{stem_of(model)}{'.onnx' if form == 'onnx' else f'-{form}'}")
-        _check_target(path, form, opset, dtype, train, verify, inputs)
+        _check_target(path, form, opset, dtype, train, verify, inputs, one_copy)
         check_outputs([path], [model, inputs, recipe, calibration])
         options = options_from(recipe, passes, strict, measure)
         subject = load_subject(model, inputs, arch, trust_pickle, train, dequantize)
@@ -84,7 +90,13 @@ def command(
             subject = replace(subject, module=plan.model, inputs=plan.inputs)
         calibrated = calibration_of(calibration, subject)
         options = replace(options, calibration=calibrated, progress=step)
-        settings: dict[str, Any] = {"opset": opset, "fuse": fuse, "verify": verify, "dtype": dtype}
+        settings: dict[str, Any] = {
+            "opset": opset,
+            "fuse": fuse,
+            "verify": verify,
+            "dtype": dtype,
+            "one_copy": one_copy,
+        }
         if plan is not None:
             found: Any = write_folder(plan, path, options, **settings)
         elif form in FOLDERS:
@@ -107,6 +119,7 @@ def _check_target(
     train: bool,
     verify: bool,
     inputs: str | None,
+    one_copy: bool,
 ) -> None:
     """Refuse at once what would be refused after capture and optimization."""
     from graphopt.emit.onnx import check_opset, check_target
@@ -128,6 +141,12 @@ def _check_target(
             "a Hugging Face folder keeps the dtype of what is not quantized",
             where=f"--dtype {dtype}",
             fix="leave it out, or write --format onnx",
+        )
+    if form in FOLDERS and one_copy:
+        raise GraphoptError(
+            "a Hugging Face folder has no ONNX Runtime session",
+            where="--one-copy",
+            fix="leave it out",
         )
     if form in FOLDERS and train:
         raise GraphoptError(

@@ -68,6 +68,7 @@ def export_onnx(
     measure: bool = True,
     names: Names | None = None,
     dtype: str | None = None,
+    one_copy: bool = False,
 ) -> OnnxResult:
     """Write ``module`` as an ONNX file that ONNX Runtime was seen to run with equal outputs.
 
@@ -86,6 +87,8 @@ def export_onnx(
             off by more than `TOLERANCE` of that dtype, and by more than 3 times what half weights,
             inputs and outputs cost; ``notes`` say which. ``bfloat16`` needs ``verify=False``: the
             CPU provider of ONNX Runtime does not run it.
+        one_copy: a weight that an embedding and a head share is in memory once, in sessions with
+            usual settings too; its products of few rows are slower, and ``notes`` say how much.
 
     Raises:
         ExportError: ``path`` does not end in ``.onnx``, the module trains, an operator has no
@@ -103,7 +106,7 @@ def export_onnx(
         program, names, fuse=fuse, opset=opset, verify=verify, measure=measure, sums=dtype is None
     )
     timed = measure and find_spec("onnxruntime") is not None
-    draft = tied_draft(draft, names, timed=timed)
+    draft = tied_draft(draft, names, timed=timed, one_copy=one_copy)
     lowering, allowed = draft.lowering, draft.lowering.tolerance
     if dtype is not None:
         halved = halve(program, draft.model.model, names, dtype)

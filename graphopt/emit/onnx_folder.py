@@ -100,6 +100,7 @@ def write_folder(
     fuse: bool = True,
     verify: bool = True,
     dtype: str | None = None,
+    one_copy: bool = False,
 ) -> OnnxFolder:
     """Optimize the plan's model and write it; arguments as `export_onnx_folder` takes them.
 
@@ -117,6 +118,7 @@ def write_folder(
         "verify": verify,
         "measure": options.measure,
         "dtype": dtype,
+        "one_copy": one_copy,
     }
     with atomic_path(target) as temporary:
         place = temporary / inside
@@ -179,6 +181,7 @@ def export_onnx_folder(
     fuse: bool = True,
     verify: bool = True,
     measure: bool = True,
+    one_copy: bool = False,
     strict: bool = False,
     dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
@@ -199,8 +202,8 @@ def export_onnx_folder(
         folder: where to write; it may not hold files yet.
         passes: as `graphopt.compile` takes them, with ``calibration`` and ``strict``.
         tokenizer: of transformers, written into the folder; default: that of the model's folder.
-        opset, fuse, verify, measure, dtype: as `graphopt.export_onnx` takes them. In ``float16``
-            keys and values are halves too, in ``mixed`` they are float32.
+        opset, fuse, verify, measure, dtype, one_copy: as `graphopt.export_onnx` takes them. In
+            ``float16`` keys and values are halves too, in ``mixed`` they are float32.
 
     Raises:
         ExportError: the folder has files, or the model has no such form.
@@ -215,7 +218,8 @@ def export_onnx_folder(
     told = progress or (lambda _text: None)
     options = Options(resolve(passes), calibration, strict=strict, measure=measure, progress=told)
     plan = plan_folder(model, origin, tokenizer)
-    return write_folder(plan, folder, options, opset=opset, fuse=fuse, verify=verify, dtype=dtype)
+    settings: dict[str, Any] = {"opset": opset, "fuse": fuse, "verify": verify, "dtype": dtype}
+    return write_folder(plan, folder, options, one_copy=one_copy, **settings)
 
 
 def refuse_taken(folder: Path) -> None:

@@ -39,10 +39,9 @@ def spelled_for_runtime(program: Program) -> Program:
 
 
 def spelled_attention(program: Program) -> Program | None:
-    """The same program with all attention as products and a softmax; None where it has none.
+    """A copy with attention as products and a softmax; None where no attention is that simple.
 
-    ONNX Runtime's one operator copies a mask for every head, and sums of a mask and scores are
-    faster on CPUs where sequences are short; without one, or for long ones, it is the faster.
+    On CPUs, ONNX Runtime's one operator copies a mask for every head before it adds scores to it.
     """
     twin, target = program.copy(), aten.scaled_dot_product_attention.default
     calls = twin.graph.find_nodes(op="call_function", target=target)

@@ -88,6 +88,27 @@ def test_a_slower_form_is_not_written(monkeypatch, tmp_path, new, copies):
     assert ("left in two copies" in note) == (copies == 2)
 
 
+@pytest.mark.parametrize("variant", ["bias", "vector"])
+def test_one_copy_reads_the_weight_as_no_constant(tmp_path, variant):
+    module = compiled(Tied(variant=variant))
+    result = graphopt.export_onnx(module, tmp_path / "t.onnx", one_copy=True)
+    (note,) = result.notes
+    assert "sessions hold one copy" in note and "x the speed of two copies here" in note
+    graph = onnx.load(result.path).graph
+    (gemm,) = (node for node in graph.node if node.op_type == "Gemm")
+    assert gemm.input[1] not in {i.name for i in graph.initializer}
+    ids = torch.randint(300, (3, 7))
+    found = runtime.InferenceSession(str(result.path)).run(None, {"ids": ids.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), module(ids=ids))
+
+
+def test_one_copy_of_nothing_says_so(tmp_path):
+    module = compiled(Tied(variant="apart"))
+    result = graphopt.export_onnx(module, tmp_path / "t.onnx", measure=False, one_copy=True)
+    (note,) = result.notes
+    assert note.startswith("one_copy: no weight")
+
+
 def test_equal_is_what_has_the_same_bytes():
     import onnx_ir
 
@@ -147,3 +168,6 @@ def test_memory_holds_the_weight_once(tmp_path):
     settings = [f"{name}={value}" for name, value in ONE_COPY.items()]
     assert resident(large.path, *settings) < bare + 1.15 * size
     assert resident(large.path) > bare + 1.6 * size
+    path = tmp_path / "one.onnx"
+    graphopt.export_onnx(module, path, measure=False, one_copy=True)
+    assert resident(path) < bare + 1.15 * size
