@@ -92,7 +92,8 @@ def _made(subject: Subject, folder: Path) -> tuple[dict[str, Path], dict[str, st
             known.write_text(str(files[name]))
         except Exception as error:  # a maker that fails is a row that says why
             failed[name] = f"{type(error).__name__}: {error}"[:400]
-        print(f"{subject.name}, {name}: {time.perf_counter() - start:.1f} s", flush=True)
+        told = failed.get(name, "made")
+        print(f"{subject.name}, {name}: {told} ({time.perf_counter() - start:.1f} s)", flush=True)
     return files, failed
 
 
