@@ -43,6 +43,7 @@ SAMPLES: list[Sample] = [
       enable_gqa=True, careful=[(1, 1), (2, 1)]),
     s("scaled_dot_product_attention", q, k, v, None, 0.5),
     s("scaled_dot_product_attention", f(3, 6), f(5, 6), f(5, 7)),
+    s("graphopt::rounded_attention", q, k, f(2, 4, 5, 6), b(3, 5), False, 0.3, False, "none"),
     s("_scaled_dot_product_attention_math", q, k, v, f(3, 5)),
     s("_scaled_dot_product_flash_attention_for_cpu", q, k, f(2, 4, 5, 6), attn_mask=f(2, 1, 3, 5)),
     s("lstm.input", f(5, 2, 3), [f(1, 2, 4), f(1, 2, 4)], LSTM, True, 1, 0.0, False, False, False),
