@@ -13,7 +13,6 @@ from typing import Any
 from graphopt.emit.onnx_axes import name_axes
 from graphopt.emit.onnx_quantized import Lowering, lower, lower_merged
 from graphopt.emit.onnx_runtime import feed_of, open_session
-from graphopt.emit.onnx_spelled import spelled_attention
 from graphopt.emit.onnx_sums import FUSIONS, sums_apart
 from graphopt.emit.onnx_tied import (
     ONE_COPY,
@@ -76,20 +75,16 @@ def best_draft(
     }
     draft = make_draft(lower(program, **options), names, fuse=fuse)
     if fuse and measure and find_spec("onnxruntime"):
-        draft = _spelled(_faster(draft, names), names)
+        draft = _faster(draft, names)
         draft = _merged(draft, lower_merged(program, draft.lowering, **options), names)
         draft = _summed(draft, names) if sums else draft
     return draft
 
 
-def make_draft(lowering: Lowering, names: Names, *, fuse: bool, attention: bool = True) -> Draft:
-    """The translated model with its fusions, its quantized operators in place, its axes named.
-
-    Args:
-        attention: fuse products and softmax of attention too.
-    """
+def make_draft(lowering: Lowering, names: Names, *, fuse: bool) -> Draft:
+    """The translated model with its fusions, its quantized operators in place, its axes named."""
     model = translate(lowering.program, *names, opset=lowering.opset, standard=not fuse)
-    fusions = fuse_for_runtime(model, attention=attention) if fuse else {}
+    fusions = fuse_for_runtime(model) if fuse else {}
     lowering.place(model.model)
     name_axes(model.model, lowering.program)
     return Draft(lowering, model, fusions)
@@ -104,21 +99,6 @@ def _faster(draft: Draft, names: Names) -> Draft:
     if other.fusions.get("attention", 0) <= draft.fusions.get("attention", 0):
         return draft
     told = ("query, key and value as separate products", "one merged product", "left merged")
-    return _winner(draft, other, names, told)
-
-
-def _spelled(draft: Draft, names: Names) -> Draft:
-    """The draft, or one with attention as products and a softmax if ONNX Runtime runs that faster.
-
-    With projections of their own: pieces of a merged one are copied.
-    """
-    program = draft.lowering.program
-    spelled = spelled_attention(separate_projections(program) or program)
-    if spelled is None:
-        return draft
-    lowering = replace(draft.lowering, program=spelled)
-    other = make_draft(lowering, names, fuse=True, attention=False)
-    told = ("attention as products and a softmax", "one operator", "left as one")
     return _winner(draft, other, names, told)
 
 

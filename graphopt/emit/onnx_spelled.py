@@ -38,34 +38,6 @@ def spelled_for_runtime(program: Program) -> Program:
     return twin.recompile()
 
 
-def spelled_attention(program: Program) -> Program | None:
-    """A copy with attention as products and a softmax; None where no attention is that simple.
-
-    On CPUs, ONNX Runtime's one operator copies a mask for every head before it adds scores to it.
-    """
-    twin, target = program.copy(), aten.scaled_dot_product_attention.default
-    calls = twin.graph.find_nodes(op="call_function", target=target)
-    if not (plain := [node for node in calls if _is_plain(node)]):
-        return None
-    for node in plain:
-        made = _attention(node, Builder(twin, node, "spelled", folds=False))
-        node.replace_all_uses_with(made, propagate_meta=False)
-    twin.graph.eliminate_dead_code()
-    twin.lint()
-    return twin.recompile()
-
-
-def _is_plain(node: fx.Node) -> bool:
-    """Whether there is no more to it than as many heads of keys, and a mask of its dtype."""
-    given = arguments(node)
-    query, key, mask = val(given["query"]), val(given["key"]), given["attn_mask"]
-    if given["is_causal"] or given["dropout_p"] or query.dim() != 4:
-        return False
-    kinds = (torch.bool, query.dtype)
-    fits = mask is None or (val(mask).dim() == 4 and val(mask).dtype in kinds)
-    return fits and bool(query.shape[1] == key.shape[1])
-
-
 def _groups(node: fx.Node) -> int:
     """Heads of the query for each head of keys, where there is no more to it than a mask."""
     given = arguments(node)
@@ -88,8 +60,6 @@ def _attention(node: fx.Node, build: Builder) -> fx.Node:
     given = arguments(node)
     query, key, mask = given["query"], given["key"], given["attn_mask"]
     heads, count, width = val(key).shape[1], _groups(node), val(query).shape[3]
-    if count == 1:
-        return _single(node, build)
     batch, rows = (_size(query, dim, build) for dim in (0, 2))
     scale = width**-0.5 if given["scale"] is None else given["scale"]
     scaled = build(aten.mul.Tensor, query, scale)
@@ -105,30 +75,6 @@ def _attention(node: fx.Node, build: Builder) -> fx.Node:
     depth = val(given["value"]).shape[3]
     found: fx.Node = build(aten.reshape.default, made, [batch, heads * count, rows, depth])
     return found
-
-
-def _single(node: fx.Node, build: Builder) -> fx.Node:
-    """The same where every head has keys of its own."""
-    given = arguments(node)
-    query, mask = given["query"], given["attn_mask"]
-    scale = val(query).shape[3] ** -0.5 if given["scale"] is None else given["scale"]
-    scaled = build(aten.mul.Tensor, query, scale)
-    scores = build(aten.matmul.default, scaled, build(aten.transpose.int, given["key"], 2, 3))
-    if mask is not None:
-        scores = build(aten.add.Tensor, scores, _numbers(mask, val(scores).dtype, build))
-    weights = build(aten.softmax.int, scores, -1)
-    made: fx.Node = build(aten.matmul.default, weights, given["value"])
-    return made
-
-
-def _numbers(mask: fx.Node, dtype: torch.dtype, build: Builder) -> fx.Node:
-    """A mask as numbers that are added; the least float where it hides, not infinity."""
-    if val(mask).dtype != torch.bool:
-        return mask
-    made: fx.Node = build(aten.where.Scalar, mask, 0.0, torch.finfo(dtype).min)
-    if val(made).dtype != dtype:
-        made = build(aten._to_copy.default, made, dtype=dtype)
-    return made
 
 
 def _masked(
@@ -147,5 +93,10 @@ def _masked(
     """
     apart = build(aten.reshape.default, scores, [batch, heads, count, rows, -1])
     wide = build(aten.unsqueeze.default, mask, 1)
-    added: fx.Node = build(aten.add.Tensor, apart, _numbers(wide, val(scores).dtype, build))
+    dtype = val(scores).dtype
+    if val(mask).dtype == torch.bool:
+        wide = build(aten.where.Scalar, wide, 0.0, torch.finfo(dtype).min)
+        if val(wide).dtype != dtype:
+            wide = build(aten._to_copy.default, wide, dtype=dtype)
+    added: fx.Node = build(aten.add.Tensor, apart, wide)
     return added

@@ -160,36 +160,16 @@ def quiet() -> Iterator[None]:
 _HIDDEN = "graphopt.hidden"
 
 
-@contextlib.contextmanager
-def _softmax_hidden(model: Any) -> Iterator[None]:
-    """What no fusion of attention is found around, in an ``onnx_ir`` model."""
-    found = [node for node in model.graph if (node.domain, node.op_type) == ("", "Softmax")]
-    for node in found:
-        node.domain = _HIDDEN
-    model.graph.opset_imports[_HIDDEN] = 1
-    try:
-        yield
-    finally:
-        for node in model.graph:
-            node.domain = "" if node.domain == _HIDDEN else node.domain
-        model.graph.opset_imports.pop(_HIDDEN, None)
-
-
-def fuse_for_runtime(model: Any, *, attention: bool = True) -> dict[str, int]:
-    """Apply onnxscript's fusions for ONNX Runtime in place; returns how many of each kind.
-
-    Args:
-        attention: also those of products and a softmax.
-    """
+def fuse_for_runtime(model: Any) -> dict[str, int]:
+    """Apply onnxscript's fusions for ONNX Runtime in place; returns how many of each kind."""
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     own = {
         "rms_normalization": onnx_norms.count(model.model),
         "rotary_embedding": onnx_rotary.count(model.model),
     }
-    hidden = contextlib.nullcontext() if attention else _softmax_hidden(model.model)
     _hide_windows(model.model)
-    with quiet(), hidden:
+    with quiet():
         fused, counts = optimize_for_ort(model.model)
     _show_windows(fused)
     model.model = fused

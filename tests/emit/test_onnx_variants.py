@@ -74,7 +74,6 @@ def test_the_faster_form_is_written(monkeypatch, tmp_path, new, attention) -> No
         model, example_kwargs=inputs, dynamic_shapes=entry.dynamic_axes, measure=False
     )
     monkeypatch.setattr(onnx_drafts, "interleaved", lambda *_args, **_kw: Pace(1.0, new))
-    monkeypatch.setattr(onnx_drafts, "spelled_attention", lambda _program: None)
     result = graphopt.export_onnx(fast, tmp_path / "m.onnx")
     assert result.fusions.get("attention", 0) == attention
     assert result.error < 2e-5
