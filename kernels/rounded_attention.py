@@ -282,7 +282,8 @@ def _space(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     held: dict[Any, Tensor] = _spaces.__dict__
     found = held.get((name, dtype))  # type: ignore[call-overload]
     if found is None or len(found) < count:
-        found = held[name, dtype] = torch.empty(count, dtype=dtype)  # type: ignore[index]
+        with torch.inference_mode(mode=False):  # calls in other modes use it too
+            found = held[name, dtype] = torch.empty(count, dtype=dtype)  # type: ignore[index]
     return found[:count].view(shape)
 
 

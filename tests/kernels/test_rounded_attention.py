@@ -133,6 +133,16 @@ def test_nothing_is_shared_between_calls() -> None:
     assert torch.equal(first, kept)
 
 
+def test_inference_mode_leaves_nothing_behind() -> None:
+    module._spaces.__dict__.clear()
+    given = operands()
+    with torch.inference_mode():
+        first = half_attention(*given, SEEN, False, 1.0, torch.bfloat16, True)
+    with torch.no_grad():
+        again = half_attention(*given, SEEN, False, 1.0, torch.bfloat16, True)
+    assert torch.equal(first, again)
+
+
 def test_no_rows_and_no_examples() -> None:
     q, k, v = operands()
     assert half_attention(q[:0], k[:0], v[:0], None, False, 1.0, torch.bfloat16, True).shape[0] == 0
