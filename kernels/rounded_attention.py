@@ -77,8 +77,8 @@ def _rounded_attention(
         turned = query.stride(1) <= query.stride(2)
         return half_attention(*operands, attn_mask, is_causal, factor, dtype, turned)  # type: ignore[no-any-return]
     q, k, v = (_rounded(tensor, dtype) for tensor in operands)
-    if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = _finite(attn_mask, dtype).to(q.dtype)
+    if attn_mask is not None and attn_mask.is_floating_point():  # halves hold less: -1e9 hides
+        attn_mask = attn_mask.to(torch.promote_types(q.dtype, torch.float32))
     made = F.scaled_dot_product_attention(
         q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -89,11 +89,6 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In ``dtype``; float64 keeps its width, so that nothing else is rounded."""
     narrow = tensor.to(dtype)
     return narrow.to(tensor.dtype) if tensor.dtype == torch.float64 else narrow
-
-
-def _finite(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is finite stays so in ``dtype``: the least float32 hides no row, as ``-inf`` does."""
-    return torch.where(mask == -torch.inf, mask, mask.clamp_min(torch.finfo(dtype).min))
 
 
 def _in_pieces(operands: tuple[Tensor, ...], mask: Tensor | None, dtype: torch.dtype) -> bool:

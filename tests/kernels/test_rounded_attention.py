@@ -117,6 +117,13 @@ def test_the_operator(name: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch)
     ) is few
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_float16_is_nearer(name: str) -> None:
+    given, (mask, causal, scale) = case(name)
+    made = rounded_attention(*given, mask, causal, scale, True, "float16")
+    assert off(made, exact(*given, mask, causal, scale)) < 1.2e-3
+
+
 def test_strided_operands() -> None:
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands())
     made = half_attention(q, k, v, None, False, 8**-0.5, torch.bfloat16, True)
