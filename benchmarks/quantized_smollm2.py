@@ -114,20 +114,21 @@ def _own(model: nn.Module, inputs: dict[str, Any], folder: Path) -> None:
     import copy
 
     half = copy.deepcopy(model).bfloat16()
+    int8 = QuantizeMatmul(tolerance=0.11, **WHOLE)
+    int4 = QuantizeMatmul(**INT4, **WHOLE)
     kinds = {
-        "int8": (model, {"tolerance": 0.11, **WHOLE}, True),
-        "int8-attention": (model, {"tolerance": 0.11, **WHOLE}, False),
-        "int4": (model, {**INT4, **WHOLE}, True),
-        "int4-half": (half, {**INT4, **WHOLE}, False),
-        "int8-weights": (half, {"activations": None, **WHOLE}, False),
+        "int8": (model, [int8], True),
+        "int8-attention": (model, [int8, RoundAttention()], False),
+        "int4": (model, [int4], True),
+        "int4-half": (half, [int4], False),
+        "int8-weights": (half, [QuantizeMatmul(activations=None, **WHOLE)], False),
     }
-    for name, (of, fields, to_onnx) in kinds.items():
-        behind = [RoundAttention()] if "attention" in name else []
+    for name, (of, steps, to_onnx) in kinds.items():
         made = graphopt.compile(
             of,
             example_kwargs=example(of, inputs),
             dynamic_shapes=SHAPES,
-            passes=["exact", QuantizeMatmul(**fields), *behind],
+            passes=["exact", *steps],
         )
         graphopt.save(made, folder / f"{name}.pt2")
         if to_onnx:

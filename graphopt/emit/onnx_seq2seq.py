@@ -112,6 +112,3 @@ def _tokens(model: Any, rows: int, count: int) -> Tensor:
     config = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(count)
     return torch.randint(config.vocab_size, (rows, count), generator=generator)
-
-
-__all__ = ["hold_seq2seq"]

@@ -59,16 +59,12 @@ def _merged(graph: Any) -> int:
 def tied_products(program: Any) -> Any | None:
     """A copy of a `torch.onnx.ONNXProgram` whose products with weights that are read elsewhere too
     are ``Gemm`` of rows; None where there is none."""
-    twin = copy.copy(program)
-    twin.model = program.model.clone()
+    twin, emit = _twin(program)
     graph = twin.model.graph
-    found, emit = list(_products(graph)), Emitter()
-    emit.constants.update(graph.initializers)
+    found = list(_products(graph))
     for product in found:
         _rewrite(product, emit)
-    for name, value in emit.constants.items():
-        if name not in graph.initializers:
-            graph.register_initializer(value)
+    _register(emit, graph)
     _drop_unread(graph)
     if not any(node.domain == MICROSOFT for node in graph.all_nodes()):
         twin.model.opset_imports.pop(MICROSOFT, None)
@@ -91,21 +87,32 @@ def unpacked(program: Any) -> Any:
 
     ``Gemm(x, Reshape(W, 0 * Shape(x)), transB=1)``: a size of 0 stands for that of the weight.
     """
-    twin = copy.copy(program)
-    twin.model = program.model.clone()
+    twin, emit = _twin(program)
     graph = twin.model.graph
     for node in _tied_gemms(graph):
-        emit = Emitter()
-        emit.constants.update(graph.initializers)
+        start = len(emit.nodes)
         sizes = emit("Mul", emit("Shape", node.inputs[0]), emit.numbers(0, 0))
         weight = emit("Reshape", node.inputs[1], sizes)
         weight.type, weight.shape = node.inputs[1].type, node.inputs[1].shape
         node.replace_input_with(1, weight)
-        graph.insert_before(node, emit.nodes)
-        for name, value in emit.constants.items():
-            if name not in graph.initializers:
-                graph.register_initializer(value)
+        graph.insert_before(node, emit.nodes[start:])
+    _register(emit, graph)
     return twin
+
+
+def _twin(program: Any) -> tuple[Any, Emitter]:
+    """A copy of a `torch.onnx.ONNXProgram`, and what makes nodes for it beside its constants."""
+    twin, emit = copy.copy(program), Emitter()
+    twin.model = program.model.clone()
+    emit.constants.update(twin.model.graph.initializers)
+    return twin, emit
+
+
+def _register(emit: Emitter, graph: Any) -> None:
+    """Constants that were made become initializers."""
+    for name, value in emit.constants.items():
+        if name not in graph.initializers:
+            graph.register_initializer(value)
 
 
 def _products(graph: Any) -> Iterator[_Product]:
