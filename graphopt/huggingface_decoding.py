@@ -16,14 +16,12 @@ from torch.utils import _pytree as pytree
 from graphopt import huggingface
 from graphopt.capture_errors import first_line
 from graphopt.errors import CaptureError
-from graphopt.huggingface_inputs import SENTENCES
-from graphopt.inputs import SEED, Inputs
+from graphopt.huggingface_caches import CACHE_ARGUMENTS, PAST, PRESENT
+from graphopt.huggingface_inputs import SENTENCES, random_tokens
+from graphopt.inputs import Inputs
 
 TOKENS, LENGTH = 4, 16
 """Tokens of the example call, and how many stand in it together with those of the cache."""
-
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What transformers calls the cache, from 5.24 on and before."""
 
 WITHOUT = "--format onnx writes the model without a cache"
 
@@ -70,7 +68,7 @@ def decoding(model: nn.Module, tokenizer: Callable[..., Any] | None = None) -> D
     axes = {k: {0: "batch", 1: "seen" if "mask" in k else "tokens"} for k in kwargs}
     leaves = pytree.tree_leaves(cache)
     dynamic: dict[str, Any] = {**axes, argument: [{0: "batch", 2: "past"}] * len(leaves)}
-    named = _names(leaves, cache, "past_key_values", model)
+    named = _names(leaves, cache, PAST, model)
     outputs = _output_names(model, {**kwargs, argument: copy.deepcopy(cache)})
     inputs = Inputs({**kwargs, argument: cache, "use_cache": True}, dynamic)
     return Decoding(inputs, (*kwargs, *named), outputs)
@@ -171,9 +169,7 @@ def positions_of(mask: Tensor) -> Tensor:
 
 def _tokens(model: nn.Module, tokenizer: Callable[..., Any] | None) -> tuple[Tensor, Tensor]:
     """Two rows of ``(2, LENGTH)`` tokens, and their mask: the second is padded on its left."""
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(config.vocab_size, (2, LENGTH), generator=generator)
+    ids = random_tokens(model.config, (2, LENGTH))
     if tokenizer is not None:
         for row, text in enumerate(SENTENCES):
             found = torch.as_tensor(tokenizer(text)["input_ids"])[:LENGTH]
@@ -223,7 +219,7 @@ def _output_names(model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, ...]:
     leaves = pytree.tree_leaves(output)
     kept = {id(leaf) for leaf in pytree.tree_leaves(cache)}
     other = [key for key, value in output.items() if isinstance(value, Tensor)]
-    names = iter(_names([leaf for leaf in leaves if id(leaf) in kept], cache, "present", model))
+    names = iter(_names([leaf for leaf in leaves if id(leaf) in kept], cache, PRESENT, model))
     rest = iter(other)
     return tuple(next(names) if id(leaf) in kept else next(rest) for leaf in leaves)
 

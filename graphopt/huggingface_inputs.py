@@ -77,10 +77,16 @@ def _tokens(config: Any, tokenizer: Callable[..., Any] | None) -> dict[str, Tens
         if getattr(tokenizer, "pad_token", True) is None:
             tokenizer.pad_token = tokenizer.eos_token  # type: ignore[attr-defined]
         return dict(tokenizer(list(SENTENCES), padding=True, return_tensors="pt"))
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(text.vocab_size, (BATCH, LENGTH), generator=generator)
+    ids = random_tokens(config, (BATCH, LENGTH), decoder=None)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def random_tokens(
+    config: Any, shape: tuple[int, int], seed: int = SEED, *, decoder: bool | None = True
+) -> Tensor:
+    """Of the vocabulary of a model's ``decoder``, or of all of its text."""
+    text = config.get_text_config(decoder=decoder) if hasattr(config, "get_text_config") else config
+    return torch.randint(text.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _image(config: Any) -> Inputs:

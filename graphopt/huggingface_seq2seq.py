@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from graphopt import huggingface
 from graphopt.capture_errors import first_line
 from graphopt.errors import CaptureError
-from graphopt.huggingface_decoding import CACHE_ARGUMENTS, WITHOUT
-from graphopt.huggingface_inputs import huggingface_inputs
-from graphopt.inputs import SEED, Inputs
+from graphopt.huggingface_caches import CACHE_ARGUMENTS, PAST, PRESENT, filled_layer
+from graphopt.huggingface_decoding import WITHOUT
+from graphopt.huggingface_inputs import huggingface_inputs, random_tokens
+from graphopt.inputs import Inputs
 
 ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model.onnx"
@@ -131,7 +132,7 @@ def seq2seq_parts(model: nn.Module, tokenizer: Callable[..., Any] | None = None)
     layers = _layers(model, first, states, mask)
     start = {"input_ids": first, "encoder_hidden_states": states, **mask}
     names = tuple(f"{index}.{kind}" for index in range(len(layers)) for kind in KINDS)
-    presents = tuple(f"present.{name}" for name in names)
+    presents = tuple(f"{PRESENT}.{name}" for name in names)
     past = [_one_cache(layer) for layer in layers]
     return [
         Part(ENCODER, encoder, source, (tuple(source.kwargs), ("last_hidden_state",))),
@@ -158,14 +159,6 @@ def layers_of(output: Any) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     cache = next(c for c in (getattr(output, n, None) for n in CACHE_ARGUMENTS) if c is not None)
     pairs = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
     return [(own.keys, own.values, other.keys, other.values) for own, other in pairs]
-
-
-def filled_layer(keys: Tensor, values: Tensor) -> Any:
-    """A layer of a cache that holds these very tensors."""
-    layer = importlib.import_module("transformers.cache_utils").DynamicLayer()
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    return layer
 
 
 def _decoded(
@@ -219,9 +212,7 @@ def _masks(model: Any) -> bool:
 
 def _tokens(model: Any, rows: int) -> Tensor:
     """``(rows, PAST_TOKENS + TOKENS)`` tokens, the first of which starts a text."""
-    config = model.config.get_text_config(decoder=True)
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(config.vocab_size, (rows, PAST_TOKENS + TOKENS), generator=generator)
+    ids = random_tokens(model.config, (rows, PAST_TOKENS + TOKENS))
     start = getattr(model.generation_config, "decoder_start_token_id", None)
     ids[:, 0] = start if isinstance(start, int) else 0
     return ids
@@ -294,7 +285,5 @@ def _past_names(model: nn.Module, past: Sequence[Any]) -> list[str]:
     known: dict[int, str] = {}
     for index, cache in enumerate(past):
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        known |= {
-            id(t): f"past_key_values.{index}.{k}" for t, k in zip(tensors, KINDS, strict=True)
-        }
+        known |= {id(t): f"{PAST}.{index}.{k}" for t, k in zip(tensors, KINDS, strict=True)}
     return [known[id(leaf)] for leaf in pytree.tree_leaves(list(past))]

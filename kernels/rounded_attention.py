@@ -40,8 +40,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "half_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
-    "float scale, ScalarType dtype, bool side_by_side) -> Tensor",
+    "half_attention(Tensor query, Tensor key, Tensor value, Tensor? added, Tensor? hidden, "
+    "bool is_causal, float scale, ScalarType dtype, bool side_by_side) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -72,10 +72,12 @@ def _rounded_attention(
     if activations not in DTYPES:
         raise ValueError(f"activations {activations!r} are not none, {' or '.join(DTYPES)}")
     dtype = DTYPES[activations]
-    if _in_pieces(operands, attn_mask, dtype):
+    if _fits(operands, attn_mask) and is_fast(dtype):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         turned = query.stride(1) <= query.stride(2)
-        return half_attention(*operands, attn_mask, is_causal, factor, dtype, turned)  # type: ignore[no-any-return]
+        return half_attention(
+            *operands, *_added(attn_mask, dtype), is_causal, factor, dtype, turned
+        )  # type: ignore[no-any-return]
     q, k, v = (_rounded(tensor, dtype) for tensor in operands)
     if attn_mask is not None and attn_mask.is_floating_point():  # halves hold less: -1e9 hides
         attn_mask = attn_mask.to(torch.promote_types(q.dtype, torch.float32))
@@ -91,15 +93,15 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.to(tensor.dtype) if tensor.dtype == torch.float64 else narrow
 
 
-def _in_pieces(operands: tuple[Tensor, ...], mask: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `half_attention` has them: it is fast here, and nobody asks for gradients."""
+def _fits(operands: tuple[Tensor, ...], mask: Tensor | None) -> bool:
+    """Whether `half_attention` has them: four axes, on the CPU, and nobody asks for gradients."""
     plain = all(
         t.dim() == 4 and t.device.type == "cpu" and t.dtype != torch.float64 for t in operands
     )
     given = operands if mask is None else (*operands, mask)
     asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     alike = operands[0].shape[-1] == operands[2].shape[-1]
-    return plain and alike and not asked and is_fast(dtype)
+    return plain and alike and not asked
 
 
 @cache
@@ -142,26 +144,43 @@ def _half_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
+    added: Tensor | None,
+    hidden: Tensor | None,
     is_causal: bool,
     scale: float,
     dtype: torch.dtype,
     side_by_side: bool,
 ) -> Tensor:
-    """``(B, H, L, D)``, ``(B, h, S, D)`` twice, and a mask that is broadcast: ``(B, H, L, D)`` in
+    """``(B, H, L, D)``, ``(B, h, S, D)`` twice, and a mask as `_added` has it: ``(B, H, L, D)`` in
     the query's dtype, ``side_by_side`` with the heads of a token next to each other in memory."""
-    batch, heads, rows, width = query.shape
-    groups, columns = key.shape[1:3]
-    each = heads // groups
     made = _result(query, side_by_side)
-    if query.dtype == torch.float32 and each * rows < FEW:
-        wide = attn_mask is None or attn_mask.dtype == torch.bool
-        return made.copy_(F.scaled_dot_product_attention(
+    each = query.shape[1] // key.shape[1]
+    if query.dtype == torch.float32 and each * query.shape[2] < FEW:
+        made.copy_(F.scaled_dot_product_attention(
             query, key.to(query.dtype), value.to(query.dtype),
-            attn_mask if wide else attn_mask.float(),  # type: ignore[union-attr]
+            None if added is None else added.to(query.dtype),
             is_causal=is_causal, scale=scale, enable_gqa=each > 1,
         ))  # fmt: skip
-    mask, hidden = _as_added(attn_mask, dtype), _hidden(attn_mask)
+    else:
+        _attend(made, query, key, value, added, is_causal, scale, dtype)
+    is_any = hidden is not None and bool(hidden.any())
+    return made.masked_fill_(hidden, 0) if is_any else made
+
+
+def _attend(
+    made: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    added: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dtype: torch.dtype,
+) -> None:
+    """Write the result, piece by piece."""
+    batch, _, rows, width = query.shape
+    groups, columns = key.shape[1:3]
+    each = query.shape[1] // groups
     held: tuple[Any, ...] = ()
     for piece in _pieces(batch, groups, each, rows, columns):
         if held[:2] != piece[:2]:
@@ -174,15 +193,12 @@ def _half_attention(
         place = piece.examples, heads_read, piece.rows
         asked, out = query[place], made[place]
         stacked = _narrow("query", asked, scale, dtype).view(len(keys), -1, width)
-        part = None if mask is None else _part(mask, place)[..., :seen]
+        part = None if added is None else _part(added, place)[..., :seen]
         scores = _scores(stacked, keys, part, asked.shape)
         if is_causal:
             _hide_later(scores.view(*asked.shape[:3], seen), piece.rows)
         torch.ops.aten._softmax.out(scores, -1, False, out=scores)
         _mix(scores, values, out)
-        if hidden is not None:
-            out.masked_fill_(_part(hidden, place), 0)
-    return made
 
 
 def _result(query: Tensor, side_by_side: bool) -> Tensor:
@@ -218,25 +234,17 @@ def _mix(weights: Tensor, values: Tensor, out: Tensor) -> None:
     out.copy_(space)
 
 
-def _as_added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to scores, of four axes; where it is the same for all rows it has one."""
+def _added(mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores, finite numbers of four axes, and the rows that see nothing, which
+    get zeros, ``(..., 1)``; one row where it is the same for all."""
     if mask is None:
-        return None
-    least = _shared(mask)
+        return None, None
+    least, lowest = _shared(mask), torch.finfo(dtype).min
     if mask.dtype == torch.bool:
-        zero = torch.zeros((), dtype=dtype)
-        return torch.where(least, zero, torch.finfo(dtype).min)
-    return least.to(dtype).clamp_min(torch.finfo(dtype).min)
-
-
-def _hidden(mask: Tensor | None) -> Tensor | None:
-    """Rows that see nothing, which get zeros; None where there is none."""
-    if mask is None:
-        return None
-    least = _shared(mask)
-    seen = least if mask.dtype == torch.bool else least != -torch.inf
-    found = ~seen.any(-1, keepdim=True)
-    return found if found.any() else None
+        zero = torch.zeros((), dtype=dtype, device=mask.device)
+        return torch.where(least, zero, lowest), ~least.any(-1, keepdim=True)
+    hidden = (least == -torch.inf).all(-1, keepdim=True)
+    return least.to(dtype).clamp_min(lowest), hidden
 
 
 def _shared(mask: Tensor) -> Tensor:
@@ -302,9 +310,13 @@ def cast_before(
     enable_gqa: bool,
     activations: str,
 ) -> Tensor:
-    """The operator for Inductor, which rounds, scales and lays out where operands are made."""
+    """The operator where products in half precision are fast, for Inductor: it rounds, scales and
+    lays out where operands are made, and prepares a mask once for all layers that have it."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = DTYPES[activations]
-    narrow = [t.to(dtype).contiguous() for t in (query * factor, key, value)]
-    made = rounded_attention(*narrow, mask, is_causal, 1.0, enable_gqa, activations)
+    narrow = tuple(t.to(dtype).contiguous() for t in (query * factor, key, value))
+    if not _fits(narrow, mask):
+        made = rounded_attention(*narrow, mask, is_causal, 1.0, enable_gqa, activations)
+        return made.to(query.dtype)  # type: ignore[no-any-return]
+    made = half_attention(*narrow, *_added(mask, dtype), is_causal, 1.0, dtype, False)
     return made.to(query.dtype)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import onnx_exports, onnx_makers
+import graphopt
+from benchmarks import onnx_exports, onnx_makers, onnxruntime_cuda
 from benchmarks.onnx_models import Subject, decoder_subject
 
 Make = Callable[[Subject, Path], Path]
@@ -91,3 +93,38 @@ def test_a_decoder_is_timed_on_a_token_and_a_prompt_and_weighed(
     memory = found["memory"]["dynamo export, default"]
     assert 0 < memory["loaded"] <= memory["most"]
     assert "loaded, of the file" in memory
+
+
+HERE = (torch.device("cpu"), "cpu")
+
+
+def test_regions_that_are_right_fail_in_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_cuda, "ROUNDS", 1)
+    found = onnxruntime_cuda.checked(_subject(), *HERE)
+    json.dumps(found)
+    assert found["failed"] == []
+    assert [set(r["runs on"]) for r in found["partition"]["regions"]] == [{"CPUExecutionProvider"}]
+    assert set(found["milliseconds"]["batch 6"]) == {"eager", *onnxruntime_cuda.TARGETS}
+
+
+def test_regions_that_are_wrong_are_told() -> None:
+    subject = _subject()
+    calls: list[None] = []
+
+    class Drifting(nn.Module):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            calls.append(None)
+            return subject.model(input) * (1 + 1e-3 * len(calls))
+
+    exact = copy.deepcopy(subject.model).double()
+    told = list(onnxruntime_cuda._of_a_feed(Drifting(), exact, subject.call))
+    for text in ("outputs are off by", "behind other work on torch's stream", "threads got"):
+        assert any(text in line for line in told), text
+
+
+def test_operators_on_another_provider_are_told() -> None:
+    subject, options = _subject(), onnxruntime_cuda.TARGETS["graphopt, ONNX Runtime"]
+    fast = graphopt.compile(subject.model, example_kwargs=subject.call, **options)
+    assert not list(onnxruntime_cuda._of_the_partition(fast, "cpu"))
+    (told,) = onnxruntime_cuda._of_the_partition(fast, "cuda")
+    assert "runs on CPUExecutionProvider" in told

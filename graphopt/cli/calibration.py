@@ -10,7 +10,8 @@ from torch import Tensor
 
 from graphopt.cli.subject import Subject
 from graphopt.errors import GraphoptError
-from graphopt.huggingface_decoding import CACHE_ARGUMENTS, whole_sequences
+from graphopt.huggingface_caches import CACHE_ARGUMENTS
+from graphopt.huggingface_decoding import whole_sequences
 from graphopt.huggingface_inputs import tokenizer_of
 from graphopt.inputs import from_file
 

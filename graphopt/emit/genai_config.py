@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.huggingface_caches import CAUSAL, PAST, PRESENT
 from graphopt.huggingface_decoding import Decoding
 
 TYPES = frozenset(
@@ -47,7 +48,7 @@ def genai_config(model: nn.Module, decoder: Decoding, inputs: Sequence[str]) -> 
             "vocab_size": config.vocab_size,
             "context_length": length,
             "decoder": {
-                "filename": "model.onnx",
+                "filename": CAUSAL,
                 "session_options": {"provider_options": []},
                 **{name: size for name, size in sizes.items() if size is not None},
                 "num_hidden_layers": sum(name.endswith(".key") for name in inputs),
@@ -55,13 +56,13 @@ def genai_config(model: nn.Module, decoder: Decoding, inputs: Sequence[str]) -> 
                 "head_size": key.shape[3],
                 "inputs": {
                     **{name: name for name in named},
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "past_key_names": f"{PAST}.%d.key",
+                    "past_value_names": f"{PAST}.%d.value",
                 },
                 "outputs": {
                     "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "present_key_names": f"{PRESENT}.%d.key",
+                    "present_value_names": f"{PRESENT}.%d.value",
                 },
             },
         },

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from graphopt.emit.onnx_drafts import Names
 from graphopt.emit.onnx_runtime import TOLERANCE, feed_of, open_session
 from graphopt.errors import VerificationError
+from graphopt.huggingface_caches import PAST, PRESENT
 from graphopt.huggingface_decoding import Decoding, positions_of
 from graphopt.program import Program
 from graphopt.verify.whole import run_program
@@ -101,7 +102,7 @@ class Walk:
     def __init__(self, decoder: Decoding, ids: Tensor, mask: Tensor, prompt: int) -> None:
         self.ids, self.mask, self.prompt = ids, mask, prompt
         caches = [v for v in _tensors(decoder) if v.dim() == 4]
-        names = [n for n in decoder.input_names if n.startswith("past_key_values.")]
+        names = [n for n in decoder.input_names if n.startswith(f"{PAST}.")]
         self.empty = {
             name: value.new_zeros(len(ids), value.shape[1], 0, value.shape[3])
             for name, value in zip(names, caches, strict=True)
@@ -117,7 +118,7 @@ class Walk:
                 values["position_ids"] = self.positions[:, start:end]
             found = step({**values, **cache})
             logits.append(found["logits"])
-            cache = {n: found[n.replace("past_key_values", "present")] for n in cache}
+            cache = {n: found[n.replace(PAST, PRESENT)] for n in cache}
         return torch.cat(logits, 1)
 
 

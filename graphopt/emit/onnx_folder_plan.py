@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from graphopt.errors import ExportError
+from graphopt.huggingface_caches import CAUSAL
 from graphopt.huggingface_decoding import Decoding, decoding, is_causal
 from graphopt.huggingface_inputs import huggingface_inputs
 from graphopt.huggingface_seq2seq import Part, seq2seq_parts
 from graphopt.inputs import Inputs
-
-NAME = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,12 @@ def plan_folder(model: nn.Module, origin: Path | None = None, tokenizer: Any = N
     rest = (origin, tokenizer, notes)
     if is_causal(model):
         found = decoding(model, tokenizer)
-        part = Part(NAME, model, found.inputs, (found.input_names, found.output_names))
+        part = Part(CAUSAL, model, found.inputs, (found.input_names, found.output_names))
         return FolderPlan(model, "text-generation", (part,), found, *rest)
     if _is_encoder_decoder(model):
         parts = seq2seq_parts(model, tokenizer)
         return FolderPlan(model, _task_of_source(parts[0]), tuple(parts), None, *rest)
-    part = Part(NAME, model, huggingface_inputs(model, tokenizer))
+    part = Part(CAUSAL, model, huggingface_inputs(model, tokenizer))
     return FolderPlan(model, _task(model), (part,), None, *rest)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphopt.emit.onnx_decoding import Step, file_step, hold_walk, program_step
 from graphopt.emit.onnx_runtime import open_session
+from graphopt.huggingface_caches import PAST, PRESENT
+from graphopt.huggingface_inputs import random_tokens
 from graphopt.huggingface_seq2seq import DECODER, ENCODER, WITH_PAST, Part
 from graphopt.program import Program
 
@@ -56,7 +57,8 @@ def hold_seq2seq(
     worst = 0.0
     for prompt, length in zip(PROMPTS, SOURCES, strict=True):
         source = _source(parts[0], length)
-        ids = _tokens(model, len(next(iter(source.values()))), prompt + MORE)
+        rows, count = len(next(iter(source.values()))), prompt + MORE
+        ids = random_tokens(model.config, (rows, count), count)
         with torch.no_grad():
             wanted = model(**source, decoder_input_ids=ids, use_cache=False).logits
         where = f"{prompt} first tokens and {MORE} behind them"
@@ -84,7 +86,7 @@ def _walk(source: Mapping[str, Tensor], ids: Tensor, prompt: int) -> Callable[[S
         found = dict(steps[DECODER]({"input_ids": ids[:, :prompt], **given}))
         logits, kept = [found.pop("logits")], found
         for start in range(prompt, ids.shape[1]):
-            past = {name.replace("present", "past_key_values"): t for name, t in kept.items()}
+            past = {name.replace(PRESENT, PAST): t for name, t in kept.items()}
             found = dict(
                 steps[WITH_PAST]({"input_ids": ids[:, start : start + 1], **given, **past})
             )
@@ -106,9 +108,3 @@ def _source(encoder: Part, length: int) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[1, length - length // 3 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def _tokens(model: Any, rows: int, count: int) -> Tensor:
-    config = model.config.get_text_config(decoder=True)
-    generator = torch.Generator().manual_seed(count)
-    return torch.randint(config.vocab_size, (rows, count), generator=generator)

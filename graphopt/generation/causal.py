@@ -15,16 +15,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from graphopt.errors import GraphoptError
 from graphopt.generation.files import (
     FIELD,
-    PAST,
-    PRESENT,
     OnnxFile,
     OnnxModel,
     check_names,
     started_layers,
 )
-from graphopt.huggingface_seq2seq import filled_layer
-
-NAME = "model.onnx"
+from graphopt.huggingface_caches import CAUSAL, PAST, PRESENT, filled_layer
 
 
 class OnnxCausalLM(OnnxModel):
@@ -53,8 +49,8 @@ class OnnxCausalLM(OnnxModel):
     main_input_name = "input_ids"
 
     def __init__(self, folder: str | os.PathLike[str], *, threads: int | None = None) -> None:
-        super().__init__(folder, [NAME])
-        self._file = OnnxFile(Path(folder) / NAME, threads)
+        super().__init__(folder, [CAUSAL])
+        self._file = OnnxFile(Path(folder) / CAUSAL, threads)
         self.session = self._file.session
         self._layers = _layers(self._file)
 

@@ -16,8 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graphopt.errors import GraphoptError, LoadError, MissingDependencyError
-
-PAST, PRESENT = "past_key_values", "present"
+from graphopt.huggingface_caches import CACHE_ARGUMENTS
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -25,7 +24,7 @@ _DTYPES = {
     "tensor(float16)": torch.float16,
     "tensor(int64)": torch.int64,
 }
-FIELD = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else PAST
+FIELD = next(n for n in CACHE_ARGUMENTS if n in {f.name for f in fields(CausalLMOutputWithPast)})
 """What transformers calls the cache among outputs, from 5.24 on and before."""
 
 

@@ -16,20 +16,18 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from graphopt.errors import GraphoptError, LoadError
 from graphopt.generation.files import (
     FIELD,
-    PAST,
-    PRESENT,
     OnnxFile,
     OnnxModel,
     check_names,
     started_layers,
 )
+from graphopt.huggingface_caches import PAST, PRESENT, filled_layer
 from graphopt.huggingface_seq2seq import (
     DECODER,
     ENCODER,
     KINDS,
     MAIN_INPUTS,
     WITH_PAST,
-    filled_layer,
 )
 
 MASK, STATES = "encoder_attention_mask", "encoder_hidden_states"

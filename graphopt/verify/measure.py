@@ -60,6 +60,7 @@ def compare(
     tolerance: float = 0.0,
     magnitude: float = 0.0,
     rounded: Sequence[Any] = (),
+    sensitive: float = SENSITIVE,
 ) -> Measure:
     """Judge ``new`` against ``old`` with the float64 ``reference``.
 
@@ -71,6 +72,7 @@ def compare(
         rounded: the original's value again, from runs with random rounding. The largest of their
             errors and of the original's own counts: in a model that magnifies rounding a single
             run may be near the reference by luck.
+        sensitive: the most that errors of those runs count for.
     """
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         same = type(old) is type(new) and bool(old == new)
@@ -89,7 +91,7 @@ def compare(
         return _share(old, new, tolerance if numeric is Numeric.LOSSY else 0.0)
     if not _are_finite(old, new) and not torch.equal(old.isfinite(), new.isfinite()):
         return _failure("infinities or NaN in other places")
-    return _judge(old, new, reference, numeric, tolerance, magnitude, rounded)
+    return _judge(old, new, reference, numeric, tolerance, magnitude, rounded, sensitive)
 
 
 def _share(old: Tensor, new: Tensor, tolerance: float) -> Measure:
@@ -108,11 +110,12 @@ def _judge(
     tolerance: float,
     magnitude: float,
     rounded: Sequence[Tensor],
+    sensitive: float,
 ) -> Measure:
     exact = reference.to(torch.float64)
     was, now = _errors(old, exact), _errors(new, exact)
     for other in rounded:
-        was = _larger(was, _errors(other, exact))
+        was = _larger(was, _errors(other, exact), sensitive)
     eps = torch.finfo(old.dtype).eps
     luck = _luck(old)
     multiple, floor = _multiple(old.dtype) * luck, FLOOR * eps * luck
@@ -124,10 +127,10 @@ def _judge(
     return Measure(now[0], now[1], was[0], bound, ok, "" if ok else ABOVE)
 
 
-def _larger(own: Errors, other: Errors) -> Errors:
+def _larger(own: Errors, other: Errors, sensitive: float) -> Errors:
     """The original's errors, or those with random rounding where they are larger."""
-    rms = max(own[0], min(other[0], SENSITIVE))
-    peak = max(own[1], min(other[1], 10 * SENSITIVE))
+    rms = max(own[0], min(other[0], sensitive))
+    peak = max(own[1], min(other[1], 10 * sensitive))
     return rms, peak, own[2]
 
 

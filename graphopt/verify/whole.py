@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from graphopt.rewrite.rule import Numeric
 from graphopt.rewrite.subgraph import float64_by_default, widen
 from graphopt.signature import OutputKind
 from graphopt.verify.inputs import is_empty
-from graphopt.verify.measure import Measure, compare, rms, worst
+from graphopt.verify.measure import SENSITIVE, Measure, compare, rms, worst
 from graphopt.verify.replay import SEED, without_dropout
 
 
@@ -141,20 +142,23 @@ def compare_outcomes(
     numeric: Numeric,
     tolerance: float = 0.0,
     rounded: Sequence[Outcome] = (),
+    sensitive: float = SENSITIVE,
 ) -> tuple[Measure, Measure | None]:
     """Measures of outputs and of gradients (``None`` where the old program has no gradients).
 
     Args:
         tolerance: for lossy programs, the largest relative RMS error.
-        rounded: the old program again, with random rounding.
+        rounded: the old program again, with random rounding; its errors count up to ``sensitive``.
     """
+    judged = partial(compare, numeric=numeric, tolerance=tolerance, sensitive=sensitive)
     outputs = [
-        compare(o, n, r, numeric, tolerance, rounded=[m.outputs[i] for m in rounded])
+        judged(o, n, r, rounded=[m.outputs[i] for m in rounded])
         for i, (o, n, r) in enumerate(zip(old.outputs, new.outputs, reference.outputs, strict=True))
     ]
     again = [m.gradients for m in rounded]
+    loose = Numeric.REASSOCIATED if numeric is Numeric.BITWISE else numeric
     gradients = _compare_gradients(
-        old.gradients, new.gradients, reference.gradients, numeric, tolerance, again
+        old.gradients, new.gradients, reference.gradients, partial(judged, numeric=loose), again
     )
     return worst(outputs), worst(gradients) if gradients else None
 
@@ -163,24 +167,14 @@ def _compare_gradients(
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
-    numeric: Numeric,
-    tolerance: float,
+    judged: Callable[..., Measure],
     rounded: Sequence[Mapping[str, Tensor]],
 ) -> list[Measure]:
     """A parameter that the new program does not have must have had no gradient."""
-    loose = Numeric.REASSOCIATED if numeric is Numeric.BITWISE else numeric
     known = {name: new.get(name, torch.zeros_like(gradient)) for name, gradient in old.items()}
     largest = max(map(rms, reference.values()), default=0.0)
     return [
-        compare(
-            old[k],
-            known[k],
-            reference[k],
-            loose,
-            tolerance,
-            magnitude=largest,
-            rounded=[m[k] for m in rounded],
-        )
+        judged(old[k], known[k], reference[k], magnitude=largest, rounded=[m[k] for m in rounded])
         for k in old
         if k in reference
     ]

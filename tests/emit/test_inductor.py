@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ import graphopt
 from graphopt.emit.held import fault
 from graphopt.errors import VerificationError
 from graphopt.passes import QuantizeMatmul
+from graphopt.rewrite import Numeric
+from graphopt.verify import trials
+from graphopt.verify.trials import hold
+from graphopt.verify.unrounded import unrounded
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 
@@ -138,3 +144,32 @@ def test_what_rounds_on_the_way_is_held_to_the_models_own_error_where_that_is_la
     assert fault(program, program, off(1.004), tolerance=1e-3) is None
     assert fault(program, program, off(0.95), tolerance=1e-3) is not None
     assert fault(program, program, off(0.95), tolerance=0.1) is None
+
+
+def test_a_run_that_lost_little_by_luck_is_no_bound_for_what_rounds_activations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Runs with random rounding say what rounding activations costs the model."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64)).eval(), (100, 64)
+    passes = [QuantizeMatmul(bits=8, activations="dynamic", head=True)]
+    program = graphopt.compile(model, example_inputs=(torch.randn(x),), passes=passes).program
+    inputs = list(program.example_inputs)
+
+    def judged(program: Any, reference: Any) -> bool:
+        lower = lambda graph: lambda *flat: tuple(1.04 * v for v in graph(*flat))  # noqa: E731
+        given = (program, program, inputs, Numeric.REASSOCIATED)
+        return hold(*given, lower=lower, reference=reference)[0].ok
+
+    plain = unrounded(program)
+    assert not judged(program, plain) and not judged(plain, None)
+    real = trials.run_program
+
+    def unlucky(*given: Any, **options: Any) -> Any:
+        made = real(*given, **options)
+        drawn = isinstance(options.get("lower"), partial)
+        return replace(made, outputs=[1.05 * v for v in made.outputs]) if drawn else made
+
+    monkeypatch.setattr(trials, "run_program", unlucky)
+    assert judged(program, plain)
+    assert not judged(plain, None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import graphopt
+from graphopt.emit.ort import sessions
 from graphopt.emit.ort.call import OrtRegion
-from graphopt.emit.ort.providers import SHORT, resolve_providers
-from graphopt.errors import GraphoptError, MissingDependencyError, RecipeError
+from graphopt.emit.ort.providers import SHORT, memory_of, resolve_providers
+from graphopt.errors import ExportError, GraphoptError, MissingDependencyError, RecipeError
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -97,7 +100,7 @@ def test_a_provider_that_takes_no_node_leaves_all_to_torch_and_says_so() -> None
     fast = graphopt.compile(model, providers=["azure"], **options)
     assert not [m for m in fast.modules() if isinstance(m, OrtRegion)]
     (part,) = fast.report.partition.torch
-    assert "fallback to CPU EP has been explicitly disabled" in part.reason
+    assert re.search("would run .* on the CPU|fallback to CPU EP has been explicit", part.reason)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
     both = graphopt.compile(model, providers=["azure", "cpu"], **options)
@@ -116,4 +119,45 @@ def test_values_on_another_device_stay_in_torch(monkeypatch: pytest.MonkeyPatch)
         measure=False,
     )
     (part,) = fast.report.partition.torch
-    assert "is on cpu, and the execution provider reads memory of cuda" in part.reason
+    assert "is on cpu, and the execution provider reads memory of cuda:0" in part.reason
+
+
+def _run(provider: str, operator: str) -> sessions._Run:
+    return sessions._Run(f"{provider}ExecutionProvider", operator)
+
+
+def test_computations_of_sizes_may_be_left_to_the_cpu() -> None:
+    sessions._refuse_cpu([_run("CUDA", "Gemm"), _run("CPU", "Shape"), _run("CPU", "Concat")])
+
+
+@pytest.mark.parametrize("operator", ["Gemm", "Softmax", "Add"])
+def test_what_computes_may_not(operator: str) -> None:
+    runs = [_run("CPU", operator)] + [_run("CUDA", "Gemm")] * (operator != "Add")
+    with pytest.raises(ExportError, match=f"would run {operator} on the CPU"):
+        sessions._refuse_cpu(runs)
+
+
+def test_a_gpu_is_that_of_the_tensors_and_no_less_exact_than_torch() -> None:
+    cuda = "CUDAExecutionProvider"
+    settings = sessions.Settings((cuda, "CPUExecutionProvider"), torch.device("cuda", 1))
+    exact = {"device_id": "1", "use_tf32": "0"}
+    assert sessions._with_options(settings) == [(cuda, exact), "CPUExecutionProvider"]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert sessions._with_options(settings)[0] == (cuda, {"device_id": "1", "use_tf32": "1"})
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("names", "place", "memory"),
+    [
+        (["CPUExecutionProvider"], "cuda:1", "cpu"),
+        (["CUDAExecutionProvider"], "cuda:1", "cuda:1"),
+        (["CPUExecutionProvider", "TensorrtExecutionProvider"], "cuda", "cuda:0"),
+        (["CUDAExecutionProvider"], "cpu", "cuda:0"),
+    ],
+)
+def test_the_memory_that_providers_read(names: list[str], place: str, memory: str) -> None:
+    assert memory_of(names, torch.device(place)) == torch.device(memory)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.kernels import rounded_attention as module
+from graphopt.kernels.rounded_attention import _added as added
 from graphopt.kernels.rounded_attention import cast_before, half_attention, rounded_attention
 
 ROWS, COLUMNS = 40, 50
@@ -75,7 +76,7 @@ def test_products_in_bfloat16(
     given, (mask, causal, scale) = case(name)
     factor = 8**-0.5 if scale is None else scale
     cast = [t.to(dtype) for t in given]
-    made = half_attention(*cast, mask, causal, factor, torch.bfloat16, True)
+    made = half_attention(*cast, *added(mask, torch.bfloat16), causal, factor, torch.bfloat16, True)
     assert made.dtype == dtype
     assert off(made, exact(*cast, mask, causal, scale)) < 9e-3
     if "hidden" in name:
@@ -91,7 +92,7 @@ def test_the_same_in_float32_rounds_nothing(
     monkeypatch.setattr(module, "MOST", most)
     given, (mask, causal, scale) = case(name)
     factor = 8**-0.5 if scale is None else scale
-    made = half_attention(*given, mask, causal, factor, torch.float32, False)
+    made = half_attention(*given, *added(mask, torch.float32), causal, factor, torch.float32, False)
     assert off(made, exact(*given, mask, causal, scale)) < 1e-6
 
 
@@ -126,17 +127,17 @@ def test_float16_is_nearer(name: str) -> None:
 
 def test_strided_operands() -> None:
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands())
-    made = half_attention(q, k, v, None, False, 8**-0.5, torch.bfloat16, True)
-    again = half_attention(*operands(), None, False, 8**-0.5, torch.bfloat16, True)
+    made = half_attention(q, k, v, None, None, False, 8**-0.5, torch.bfloat16, True)
+    again = half_attention(*operands(), None, None, False, 8**-0.5, torch.bfloat16, True)
     assert torch.equal(made, again)
     assert made.stride() == q.stride() == F.scaled_dot_product_attention(q, k, v).stride()
 
 
 def test_nothing_is_shared_between_calls() -> None:
     given = operands()
-    first = half_attention(*given, None, False, 1.0, torch.bfloat16, True)
+    first = half_attention(*given, None, None, False, 1.0, torch.bfloat16, True)
     kept = first.clone()
-    half_attention(*(2 * t for t in given), None, False, 1.0, torch.bfloat16, True)
+    half_attention(*(2 * t for t in given), None, None, False, 1.0, torch.bfloat16, True)
     assert torch.equal(first, kept)
 
 
@@ -144,16 +145,25 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     module._spaces.__dict__.clear()
     given = operands()
     with torch.inference_mode():
-        first = half_attention(*given, SEEN, False, 1.0, torch.bfloat16, True)
+        first = half_attention(
+            *given, *added(SEEN, torch.bfloat16), False, 1.0, torch.bfloat16, True
+        )
     with torch.no_grad():
-        again = half_attention(*given, SEEN, False, 1.0, torch.bfloat16, True)
+        again = half_attention(
+            *given, *added(SEEN, torch.bfloat16), False, 1.0, torch.bfloat16, True
+        )
     assert torch.equal(first, again)
 
 
 def test_no_rows_and_no_examples() -> None:
     q, k, v = operands()
-    assert half_attention(q[:0], k[:0], v[:0], None, False, 1.0, torch.bfloat16, True).shape[0] == 0
-    assert half_attention(q[:, :, :0], k, v, None, False, 1.0, torch.bfloat16, True).numel() == 0
+    assert (
+        half_attention(q[:0], k[:0], v[:0], None, None, False, 1.0, torch.bfloat16, True).shape[0]
+        == 0
+    )
+    assert (
+        half_attention(q[:, :, :0], k, v, None, None, False, 1.0, torch.bfloat16, True).numel() == 0
+    )
 
 
 def test_float64_operands_are_rounded_and_nothing_else_is() -> None:
@@ -187,5 +197,5 @@ def test_what_it_cannot_do_is_an_error() -> None:
 
 
 def test_it_is_registered_as_operators_are() -> None:
-    given = (*operands(), None, False, 1.0, torch.bfloat16, True)
+    given = (*operands(), None, None, False, 1.0, torch.bfloat16, True)
     torch.library.opcheck(half_attention, given, test_utils=("test_schema", "test_faketensor"))

@@ -18,7 +18,7 @@ from graphopt.emit.ort.account import partition_of, region_name
 from graphopt.emit.ort.call import OrtRegion
 from graphopt.emit.ort.nodes import return_views_apart
 from graphopt.emit.ort.programs import root_sizes
-from graphopt.emit.ort.providers import resolve_providers
+from graphopt.emit.ort.providers import memory_of, resolve_providers
 from graphopt.emit.ort.regions import Piece, Placement, Placer
 from graphopt.emit.ort.sessions import Settings
 from graphopt.errors import GraphoptError, VerificationError
@@ -96,14 +96,15 @@ def placed(program: Program, options: Options) -> Placement:
     root_sizes(twin)
     return_views_apart(twin)
     options.progress("onnxruntime: translate")
-    providers = options.providers or resolve_providers(None, _device(program))
-    settings = Settings(tuple(providers))
+    device = _device(program)
+    providers = options.providers or resolve_providers(None, device.type)
+    settings = Settings(tuple(providers), memory_of(providers, device))
     return Placer(twin, settings, measure=options.measure).place()
 
 
-def _device(program: Program) -> str:
+def _device(program: Program) -> torch.device:
     tensors = (t for t in (*program.state.values(), *program.example_inputs))
-    return next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def _assembled(placement: Placement) -> fx.GraphModule:

@@ -19,12 +19,12 @@ from graphopt.rewrite import arguments
 from graphopt.rewrite.subgraph import DROPOUT_P
 
 
-def refusals(program: Program, device: str) -> dict[fx.Node, str]:
+def refusals(program: Program, device: torch.device) -> dict[fx.Node, str]:
     """Why nodes must stay in torch, for those that must whatever ONNX Runtime says.
 
     Args:
         program: sizes stand on its inputs (`programs.root_sizes`).
-        device: type of the device whose memory the provider reads.
+        device: whose memory the provider reads.
     """
     sizes = set(places(program.user_inputs()))
     found = {}
@@ -34,7 +34,7 @@ def refusals(program: Program, device: str) -> dict[fx.Node, str]:
     return found
 
 
-def _refusal(node: fx.Node, sizes: set[sympy.Symbol], device: str) -> str | None:
+def _refusal(node: fx.Node, sizes: set[sympy.Symbol], device: torch.device) -> str | None:
     if node.target is getitem:
         return None  # stays with what it is an item of
     if isinstance(val(node), torch.SymInt | torch.SymFloat | torch.SymBool):
@@ -77,13 +77,13 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _unfit(value: Tensor, device: str) -> str | None:
+def _unfit(value: Tensor, device: torch.device) -> str | None:
     if value.is_complex():
         return "computes with complex numbers, which ONNX has no type for"
     if value.layout is not torch.strided:
         return f"reads or makes a tensor of layout {value.layout}"
-    if value.device.type != device:
-        return f"is on {value.device.type}, and the execution provider reads memory of {device}"
+    if (value.device.type, value.device.index or 0) != (device.type, device.index or 0):
+        return f"is on {value.device}, and the execution provider reads memory of {device}"
     return None
 
 

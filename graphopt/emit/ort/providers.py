@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+import torch
+
 from graphopt.emit.onnx_runtime import require
 from graphopt.errors import MissingDependencyError, RecipeError
 
@@ -68,6 +70,14 @@ def resolve_providers(names: Sequence[str] | None, device: str = "cpu") -> tuple
     for name in found:
         _check_installed(name)
     return found
+
+
+def memory_of(providers: Sequence[str], device: torch.device) -> torch.device:
+    """Where providers read tensors: the GPU of a program's tensors, the first one for a program on
+    the CPU, or host memory."""
+    if not ON_CUDA.intersection(providers):
+        return torch.device("cpu")
+    return torch.device("cuda", device.index or 0)
 
 
 def available_providers() -> tuple[str, ...]:

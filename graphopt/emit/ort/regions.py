@@ -27,7 +27,6 @@ from graphopt.emit.ort.programs import (
     region_program,
     stand_in,
 )
-from graphopt.emit.ort.providers import ON_CUDA
 from graphopt.emit.ort.sessions import Session, Settings
 from graphopt.errors import ExportError
 from graphopt.program import Program, val
@@ -85,8 +84,7 @@ class Placer:
         self.translate = partial(
             translate_region, providers=settings.providers, verify=verify, measure=measure
         )
-        device = "cuda" if ON_CUDA.intersection(settings.providers) else "cpu"
-        self.reasons = refusals(program, device)
+        self.reasons = refusals(program, settings.device)
         self.kinds: dict[str, str | None] = {}
         self.known: dict[frozenset[fx.Node], Piece] = {}
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphopt.emit.ort.models import RegionModel
-from graphopt.emit.ort.providers import CPU
+from graphopt.emit.ort.providers import CPU, CUDA, ON_CUDA
 from graphopt.errors import ExportError
 
 NUMPY = {
@@ -54,10 +54,12 @@ class Settings:
 
     Attributes:
         providers: full names, in the order of preference.
+        device: whose memory they read: of torch's tensors, in place.
         packed: ONNX Runtime may keep copies of weights, packed for its products and folded.
     """
 
     providers: tuple[str, ...]
+    device: torch.device
     packed: bool = False
 
 
@@ -72,13 +74,17 @@ class Session:
         import onnxruntime
 
         self.weights = {name: value_of(t) for name, t in model.weights.items()}
-        options = _options(self.weights, settings)
+        read = {
+            n: v if v.device_name() == "cpu" else value_of(model.weights[n].cpu())
+            for n, v in self.weights.items()
+        }  # by optimizers, while the session is opened
+        options = _options(self.weights, read, settings)
         disabled = [] if settings.packed else ["ConstantFolding"]
         try:
             self.session: Any = onnxruntime.InferenceSession(
                 model.proto,
                 options,
-                providers=list(settings.providers),
+                providers=_with_options(settings),
                 disabled_optimizers=disabled,
             )
         except Exception as error:
@@ -91,7 +97,10 @@ class Session:
                 fix="see ONNX Runtime's own message above for what it lacks",
             )
         self.inputs = frozenset(i.name for i in self.session.get_inputs())
-        self.assigned = _assigned(self.session)
+        runs = _assigned(self.session)
+        if CPU not in settings.providers:
+            _refuse_cpu(runs)
+        self.assigned = dict(Counter(run.provider for run in runs))
 
 
 def value_of(tensor: Tensor) -> Any:
@@ -118,32 +127,85 @@ def element_type(dtype: torch.dtype) -> Any:
     return np.dtype(NUMPY[dtype]).type if dtype in NUMPY else CODES[dtype]
 
 
-def _options(weights: Mapping[str, Any], settings: Settings) -> Any:
+def _options(weights: Mapping[str, Any], read: Mapping[str, Any], settings: Settings) -> Any:
+    """
+    Args:
+        weights: where sessions compute with them.
+        read: the same in host memory.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if CPU not in settings.providers:
+    if CPU not in settings.providers and not _tells(onnxruntime.InferenceSession):
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     # torch computes between calls: threads must not wait busily for the next one
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not settings.packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
+        options.add_external_initializers(list(read), list(read.values()))
     for name, value in weights.items():
         options.add_initializer(name, value)
     return options
 
 
-def _assigned(session: Any) -> dict[str, int]:
-    """How many ONNX operators each provider runs; empty where this ONNX Runtime does not tell."""
-    tell = getattr(session, "get_provider_graph_assignment_info", None)
-    if tell is None:
-        return {}
-    found = Counter[str]()
-    for part in tell():
-        found[part.ep_name] += len(part.get_nodes())
-    return dict(found)
+def _with_options(settings: Settings) -> list[str | tuple[str, dict[str, str]]]:
+    """Providers as ONNX Runtime takes them: on the GPU of the tensors, and no less exact than
+    torch, whose products round to TF32 on request alone."""
+    found: list[str | tuple[str, dict[str, str]]] = []
+    for name in settings.providers:
+        options = {}
+        if name in ON_CUDA:
+            options["device_id"] = str(settings.device.index or 0)
+        if name == CUDA:
+            options["use_tf32"] = str(int(torch.backends.cuda.matmul.fp32_precision == "tf32"))
+        found.append((name, options) if options else name)
+    return found
+
+
+class _Run(NamedTuple):
+    """An ONNX operator, and the provider that runs it."""
+
+    provider: str
+    operator: str
+
+
+def _tells(session: Any) -> bool:
+    """Whether this ONNX Runtime says which provider runs what."""
+    return hasattr(session, "get_provider_graph_assignment_info")
+
+
+def _assigned(session: Any) -> list[_Run]:
+    if not _tells(session):
+        return []
+    parts = session.get_provider_graph_assignment_info()
+    return [_Run(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
+
+
+SIZES = frozenset(
+    {"Shape", "Size", "Gather", "Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Reshape"}
+    | {"Cast", "Constant", "ConstantOfShape", "Expand", "Range", "Where", "ReduceProd", "Not"}
+    | {"Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "And", "Or"}
+    | {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
+)
+"""Operators that every provider has for tensors: those of them that one leaves to the CPU compute
+sizes, which are on the CPU and are read there."""
+
+
+def _refuse_cpu(runs: list[_Run]) -> None:
+    """
+    Raises:
+        ExportError: the CPU, which was not named, would run more than computations of sizes, or
+            all there is.
+    """
+    given = [run.operator for run in runs if run.provider == CPU]
+    left = given if len(given) == len(runs) else [name for name in given if name not in SIZES]
+    if left:
+        raise ExportError(
+            f"ONNX Runtime would run {left[0]} on the CPU, a provider that is not named",
+            where="option providers",
+            fix="add 'cpu' to the providers, at the end",
+        )
