@@ -100,7 +100,7 @@ def test_a_provider_that_takes_no_node_leaves_all_to_torch_and_says_so() -> None
     fast = graphopt.compile(model, providers=["azure"], **options)
     assert not [m for m in fast.modules() if isinstance(m, OrtRegion)]
     (part,) = fast.report.partition.torch
-    assert re.search("would run .* on the CPU|fallback to CPU EP has been explicit", part.reason)
+    assert re.search("would run it on the CPU|fallback to CPU EP has been explicit", part.reason)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
     both = graphopt.compile(model, providers=["azure", "cpu"], **options)
@@ -133,7 +133,7 @@ def test_computations_of_sizes_may_be_left_to_the_cpu() -> None:
 @pytest.mark.parametrize("operator", ["Gemm", "Softmax", "Add"])
 def test_what_computes_may_not(operator: str) -> None:
     runs = [_run("CPU", operator)] + [_run("CUDA", "Gemm")] * (operator != "Add")
-    with pytest.raises(ExportError, match=f"would run {operator} on the CPU"):
+    with pytest.raises(ExportError, match=f"on the CPU(.|\n)*operator {operator}"):
         sessions._refuse_cpu(runs)
 
 

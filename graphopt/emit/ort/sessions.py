@@ -205,7 +205,7 @@ def _refuse_cpu(runs: list[_Run]) -> None:
     left = given if len(given) == len(runs) else [name for name in given if name not in SIZES]
     if left:
         raise ExportError(
-            f"ONNX Runtime would run {left[0]} on the CPU, a provider that is not named",
-            where="option providers",
+            "ONNX Runtime would run it on the CPU, a provider that is not named",
+            where=f"operator {left[0]}",
             fix="add 'cpu' to the providers, at the end",
         )
