@@ -121,6 +121,7 @@ def _own(model: nn.Module, inputs: dict[str, Any], folder: Path) -> None:
     kinds = {
         "int8": (model, [int8], True),
         "int8-attention": (model, [int8, RoundAttention()], False),
+        "int8-half": (half, [int8], False),
         "int4": (model, [int4], True),
         "int4-half": (half, [int4], False),
         "int8-weights": (half, [QuantizeMatmul(activations=None, **WHOLE)], False),

@@ -190,6 +190,9 @@ CONTENDERS: dict[str, Callable[[Path], Contender]] = {
     "graphopt int8, bfloat16 attention, Inductor": partial(
         _graphopt, name="int8-attention", target="inductor", dtype=F32
     ),
+    "graphopt int8 of bfloat16, Inductor": partial(
+        _graphopt, name="int8-half", target="inductor", dtype=BF16
+    ),
     "graphopt int8, ONNX Runtime": partial(_runtime, name="int8"),
     "graphopt int8 weight-only": partial(
         _graphopt, name="int8-weights", target="torch", dtype=BF16

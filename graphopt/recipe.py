@@ -7,8 +7,10 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,11 +180,24 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
+        "cpu": _cpu(),
         "system": platform.system(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+@cache
+def _cpu() -> str:
+    """Its name where the system tells, and which vector instructions torch takes it for."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    found = [next(names, platform.processor()), torch.backends.cpu.get_cpu_capability()]
+    if torch.cpu._is_amx_tile_supported():
+        found.append("AMX")
+    return ", ".join(filter(None, found))
 
 
 def _certify_capture(program: Program, eager: list[Any] | None, report: Report) -> bool:
