@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -11,6 +12,7 @@ from torch.export.graph_signature import InputKind as TorchInput
 from torch.export.graph_signature import InputSpec, OutputSpec
 from torch.export.graph_signature import OutputKind as TorchOutput
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphopt.capture_limits import allowing_one, traced_assumptions
 from graphopt.capture_lowering import lower_in_place
@@ -61,12 +63,28 @@ def from_exported(exported: ExportedProgram, *, training: bool, frozen: bool) ->
         assumptions=assumptions,
         notes=notes,
     )
+    _as_traced(program)
     _require_functional(program)
     spell_layout_free(program.graph)
     if not frozen:
         keep_differentiable(program.graph)
     _drop_unread(program)
     return program
+
+
+def _as_traced(program: Program) -> None:
+    """Let fake sizes be 2 or more, as they are in a trace; a file has ranges with 1 among them.
+
+    Else every operator that could broadcast a size of 1 would demand that it is not 1. Programs are
+    tried at sizes of 1 instead.
+    """
+    for node in program.user_inputs():
+        for size in getattr(val(node), "shape", ()):
+            symbol = size.node.expr if isinstance(size, torch.SymInt) else None
+            if isinstance(symbol, sympy.Symbol) and (size.node.hint or 0) >= 2:
+                ranges = size.node.shape_env.var_to_range
+                if ranges[symbol].lower < 2:
+                    ranges[symbol] = ValueRanges(2, ranges[symbol].upper)
 
 
 def _functional(exported: ExportedProgram, *, frozen: bool) -> tuple[ExportedProgram, list[str]]:

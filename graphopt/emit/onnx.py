@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from graphopt.emit.module import OptimizedModule
-from graphopt.emit.onnx_drafts import Names, best_draft, save_model, tied_draft
+from graphopt.emit.onnx_drafts import Draft, Names, best_draft, save_model, tied_draft
 from graphopt.emit.onnx_half_choice import check_dtype, halve
 from graphopt.emit.onnx_quantized import calls_of
 from graphopt.emit.onnx_runtime import compare_with_runtime, require
 from graphopt.emit.onnx_spelled import spelled_for_runtime
 from graphopt.emit.onnx_translate import input_names, output_names
 from graphopt.emit.unchunked import unchunked
-from graphopt.errors import ExportError
+from graphopt.errors import ExportError, VerificationError
 from graphopt.files import atomic_path
 from graphopt.kernels.quantized.remainder import weight_beside
 from graphopt.program import Program
@@ -102,24 +103,70 @@ def export_onnx(
     check_dtype(program, dtype)
     check_opset(opset)
     names = _names(program, names)
-    draft = best_draft(
-        program, names, fuse=fuse, opset=opset, verify=verify, measure=measure, sums=dtype is None
+    drafted = partial(
+        best_draft, program, names, fuse=fuse, opset=opset, verify=verify, measure=measure,
+        sums=dtype is None,
+    )  # fmt: skip
+    finished = partial(
+        _finished, program, names, opset=opset, measure=measure, dtype=dtype, one_copy=one_copy
     )
+    write = partial(_written, program, names, Path(path), _metadata(module, dtype), verify=verify)
+    draft, allowed = finished(drafted())
+    try:
+        return write(draft, allowed)
+    except VerificationError as error:
+        if not draft.lowering.tolerance:
+            raise
+        told = f"products that round activations were faster, and are not in the file: {error.what}"
+    made = write(*finished(drafted(rounds=False)))
+    return replace(made, notes=(*made.notes, told))
+
+
+def _finished(
+    program: Program,
+    names: Names,
+    draft: Draft,
+    *,
+    opset: int | None,
+    measure: bool,
+    dtype: str | None,
+    one_copy: bool,
+) -> tuple[Draft, float]:
+    """The draft with equal weights once, in its dtype, and what outputs may be off by."""
     timed = measure and find_spec("onnxruntime") is not None
     draft = tied_draft(draft, names, timed=timed, one_copy=one_copy)
-    lowering, allowed = draft.lowering, draft.lowering.tolerance
+    allowed = draft.lowering.tolerance
     if dtype is not None:
         halved = halve(program, draft.model.model, names, dtype)
         draft = replace(draft, model=_holding(draft.model, halved.model))
         draft = replace(draft, notes=(*draft.notes, *halved.notes))
         allowed = max(allowed, halved.bound)
     check_opset(opset, draft.model.model.opset_imports.get(""))
-    draft.model.model.metadata_props["graphopt"] = _metadata(module, dtype)
-    target, conditions = Path(path), program.assumptions
+    return draft, allowed
+
+
+def _written(
+    program: Program,
+    names: Names,
+    target: Path,
+    metadata: str,
+    draft: Draft,
+    allowed: float,
+    *,
+    verify: bool,
+) -> OnnxResult:
+    """The file, compared before it is put in place.
+
+    Raises:
+        VerificationError: its outputs are off by more.
+    """
+    draft.model.model.metadata_props["graphopt"] = metadata
     with atomic_path(target) as temporary:
         save_model(draft.model, temporary, program)
-        unchecked = (f"calls must keep to this, the file cannot: {_told(a)}" for a in conditions)
-        error, notes = None, (*lowering.notes(), *draft.notes, *unchecked)
+        unchecked = (
+            f"calls must keep to this, the file cannot: {_told(a)}" for a in program.assumptions
+        )
+        error, notes = None, (*draft.lowering.notes(), *draft.notes, *unchecked)
         if verify:
             found, seen = compare_with_runtime(program, temporary, *names, allowed=allowed)
             error, notes = found.rms, (*notes, *seen)

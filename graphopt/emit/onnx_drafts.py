@@ -55,6 +55,7 @@ def best_draft(
     verify: bool = True,
     measure: bool = True,
     sums: bool = True,
+    rounds: bool = True,
 ) -> Draft:
     """The program as a model; with ``measure`` the one that ONNX Runtime runs fastest here.
 
@@ -63,6 +64,7 @@ def best_draft(
         fuse: with ONNX Runtime's own operators; else those of the standard alone.
         verify: try the forms of quantized operators in ONNX Runtime.
         sums: additions before norms may stand by themselves.
+        rounds: quantized operators may round activations that they read as they are.
 
     Raises:
         ExportError: an operator has no translation.
@@ -72,6 +74,7 @@ def best_draft(
         "standard": not fuse,
         "verify": verify,
         "measure": measure,
+        "rounds": rounds,
     }
     draft = make_draft(lower(program, **options), names, fuse=fuse)
     if fuse and measure and find_spec("onnxruntime"):

@@ -33,7 +33,24 @@ def unrounded(program: Program) -> Program:
     return twin.recompile()
 
 
+def rounded(program: Program) -> Program:
+    """A copy whose quantized products round the rows that they read to eight bits, those too that
+    read them as they are: what a runtime may do that has no other product of such weights."""
+    twin = program.copy()
+    for node in twin.graph.nodes:
+        if _activations(node) == AS_THEY_ARE:
+            given = arguments(node) | {ARGUMENT: "dynamic"}
+            node.args, node.kwargs = tuple(given.values()), {}
+    return twin.recompile()
+
+
 def _rounds(node: fx.Node) -> bool:
+    return _activations(node) not in (None, AS_THEY_ARE)
+
+
+def _activations(node: fx.Node) -> str | None:
+    """How an operator of graphopt takes activations; None where it has no such choice."""
     if node.op != "call_function" or getattr(node.target, "namespace", "") != "graphopt":
-        return False
-    return arguments(node).get(ARGUMENT, AS_THEY_ARE) != AS_THEY_ARE
+        return None
+    found: str | None = arguments(node).get(ARGUMENT)
+    return found

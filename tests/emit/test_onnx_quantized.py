@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.emit import onnx_runtime
-from graphopt.emit.onnx_quantized import calls_of, lower, nbits
+from graphopt.emit.onnx_quantized import Lowering, calls_of, lower, nbits
 from graphopt.emit.onnx_quantized.alone import difference
 from graphopt.errors import ExportError
 from graphopt.kernels.quantized import QuantizedWeight, Scheme, embedding, linear, quantize
 from graphopt.passes import QuantizeMatmul
-from graphopt.verify.unrounded import unrounded
+from graphopt.verify.unrounded import rounded, rounds, unrounded
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -348,3 +348,34 @@ def test_operator_sets(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no form in operator set 18"):
         graphopt.export_onnx(float8, tmp_path / "f.onnx", opset=18)
     assert graphopt.export_onnx(float8, tmp_path / "f.onnx", opset=19).error < 0.04
+
+
+def _of_four_bits(x: Tensor) -> Any:
+    part = Product(Scheme(4, group_size=32), "none", WIDTH, bias=True)
+    return graphopt.compile(
+        part.eval(), example_inputs=(x,), passes=["Canonicalize"], measure=False
+    )
+
+
+def test_rows_are_rounded_in_a_copy_of_a_program() -> None:
+    x = torch.randn(9, WIDTH)
+    plain = _of_four_bits(x).program
+    twin = rounded(plain)
+    assert not rounds(plain.graph) and rounds(twin.graph)
+    (as_it_is,), (made,) = plain.run([x]), twin.run([x])
+    assert 1e-4 < difference(made, as_it_is)[0] < 0.02
+
+
+def test_a_file_that_rounds_activations_is_held_to_what_that_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Errors on the captured inputs may be smaller than those on others."""
+    module = _of_four_bits(torch.randn(9, WIDTH))
+    monkeypatch.setattr(Lowering, "tolerance", 1e-4)
+    result = graphopt.export_onnx(module, tmp_path / "q.onnx", measure=False)
+    assert any("accuracy 4" in note for note in result.notes)
+    monkeypatch.setattr(onnx_runtime, "rounded", lambda program: program)
+    exact = graphopt.export_onnx(module, tmp_path / "again.onnx", measure=False)
+    assert exact.error < 1e-5 < result.error
+    assert "are not in the file" in exact.notes[-1] and "allowed 1e-04" in exact.notes[-1]
+    assert not any("accuracy 4" in note for note in exact.notes)

@@ -4,8 +4,9 @@
     PYTHONPATH=tests python -m models.sweep --onnx [--page docs/onnx_architectures.md] [...]
 
 Without names the whole zoo runs, for an hour or so, and the page is written. With ``--onnx`` models
-in eval mode become ONNX files, and what ONNX Runtime makes of those is compared. Exits with 1 where
-an optimized model differs from its original.
+in eval mode become ONNX files, and what ONNX Runtime makes of those is compared. ``--rows FILE``
+keeps each row as it is made, and takes those that are there: a sweep that was stopped goes on. It
+exits with 1 where an optimized model differs from its original.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import multiprocessing
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -134,10 +137,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", help="models, families, or modules such as nn.Linear")
     parser.add_argument("--page", type=Path, help="the Markdown page to write")
     parser.add_argument("--onnx", action="store_true", help="compare ONNX files in ONNX Runtime")
+    parser.add_argument("--rows", type=Path, help="a file of rows that goes on where it ends")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
     todo = list(jobs(given.names, given.onnx))
-    rows = list(_rows(todo, given.workers, lambda row: print(row.line(), flush=True)))
+    with _Kept(given.rows) as kept:
+        rows = list(_rows(todo, given.workers, kept))
     if given.page is not None:
         given.page.write_text((sweep_page.onnx_page if given.onnx else sweep_page.page)(rows))
     wrong = [f"{row.name} ({row.mode})" for row in rows if row.wrong]
@@ -145,14 +150,43 @@ def main(arguments: list[str]) -> int:
     return int(bool(wrong))
 
 
-def _rows(todo: list[Job], workers: int, show: Callable[[Row], None]) -> Iterator[Row]:
+class _Kept:
+    """Rows by their job in a file of JSON lines; in none where the path is None."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.known = path, dict[Job, list[Row]]()
+        written = path.read_text().splitlines() if path is not None and path.exists() else []
+        for line in written:
+            job, rows = json.loads(line)
+            self.known[tuple(job)] = [_row(**row) for row in rows]
+
+    def __enter__(self) -> _Kept:
+        self.file = Path(self.path or os.devnull).open("a")
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.file.close()
+
+    def add(self, job: Job, rows: list[Row]) -> None:
+        self.known[job] = rows
+        print(json.dumps([job, [asdict(row) for row in rows]]), file=self.file, flush=True)
+        for row in rows:
+            print(row.line(), flush=True)
+
+
+def _row(axes: list[str], sizes: list[str], **others: Any) -> Row:
+    return Row(axes=tuple(axes), sizes=tuple(sizes), **others)
+
+
+def _rows(todo: list[Job], workers: int, kept: _Kept) -> Iterator[Row]:
     """Rows in the order of ``todo``; processes are renewed, so that none grows for long."""
     context = multiprocessing.get_context("spawn")
+    left = [job for job in todo if job not in kept.known]
     with context.Pool(workers, maxtasksperchild=24) as pool:
-        for rows in pool.imap(_job, todo):
-            for row in rows:
-                show(row)
-                yield row
+        for job, rows in zip(left, pool.imap(_job, left), strict=True):
+            kept.add(job, rows)
+    for job in todo:
+        yield from kept.known[job]
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def lower(
     standard: bool,
     verify: bool,
     measure: bool,
+    rounds: bool = True,
     known: Mapping[str, Choice] | None = None,
 ) -> Lowering:
     """The program with slots; itself where it has no quantized operator.
@@ -104,6 +105,7 @@ def lower(
         standard: only operators of the ONNX standard.
         verify: try forms in ONNX Runtime before they are chosen.
         measure: choose the fastest.
+        rounds: of forms that are tried, some may round activations where the operator does not.
         known: choices for nodes of these names, made before.
 
     Raises:
@@ -114,7 +116,8 @@ def lower(
         return Lowering(program, opset=opset)
     opset = opset or (BLOCKS if standard else OPSET)
     if verify:
-        choices = choose(program, calls, standard=standard, opset=opset, time=measure, known=known)
+        options: dict[str, Any] = {"standard": standard, "opset": opset, "time": measure}
+        choices = choose(program, calls, rounds=rounds, known=known, **options)
     else:
         choices = [
             Choice(c, forms_of(c, standard=standard, opset=opset)[0]) for c in calls.values()

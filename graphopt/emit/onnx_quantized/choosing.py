@@ -53,10 +53,11 @@ class FormChooser:
         standard: of operators of the ONNX standard alone.
         opset: operator set that forms are for.
         time: choose the fastest, else the first that holds.
+        rounds: forms may round activations that the operator reads as they are.
     """
 
-    def __init__(self, *, standard: bool, opset: int, time: bool) -> None:
-        self.standard, self.opset, self.time = standard, opset, time
+    def __init__(self, *, standard: bool, opset: int, time: bool, rounds: bool = True) -> None:
+        self.standard, self.opset, self.time, self.rounds = standard, opset, time, rounds
         self.kinds: dict[Any, str] = {}
 
     def choose(self, call: Call, x: Tensor) -> Choice:
@@ -70,6 +71,8 @@ class FormChooser:
             made = linear(x, call.weight, activations=call.activations, static=call.static)
             own = difference(made, exact(call, x))[0]
         forms = forms_of(call, standard=self.standard, opset=self.opset)
+        if not self.rounds and call.activations == "none":
+            forms = [form for form in forms if not form.rounds]
         kind = (call.scheme, call.weight.shape, call.activations, call.embedding, x.shape)
         if kind in self.kinds:  # what was fastest first; the rest where that does not hold
             forms.sort(key=lambda form: form.name != self.kinds[kind])
@@ -165,6 +168,7 @@ def choose(
     standard: bool,
     opset: int,
     time: bool,
+    rounds: bool = True,
     known: Mapping[str, Choice] | None = None,
 ) -> list[Choice]:
     """A choice for each call, in order; runs the program once.
@@ -178,7 +182,7 @@ def choose(
     given = iter(program.example_inputs)
     targets = (program.inputs[n.name].target for n in program.placeholders())
     values = [next(given) if t is None else program.state[t] for t in targets]
-    forms = FormChooser(standard=standard, opset=opset, time=time)
+    forms = FormChooser(standard=standard, opset=opset, time=time, rounds=rounds)
     chooser = _Chooser(program, calls, forms, known)
     with torch.no_grad():
         chooser.run(*values)
