@@ -117,9 +117,15 @@ def export_onnx(
     except VerificationError as error:
         if not draft.lowering.tolerance:
             raise
-        told = f"products that round activations were faster, and are not in the file: {error.what}"
-    made = write(*finished(drafted(rounds=False)))
-    return replace(made, notes=(*made.notes, told))
+        first, most = error, draft.lowering.most_rounded()
+    try:
+        made = write(*finished(drafted(rounds=lambda name: name not in most)))
+        others = f" and {len(most) - 1} others" if len(most) > 1 else ""
+        told = f"`{min(most)}`{others}: activations are not rounded, though that were faster"
+    except VerificationError:
+        made = write(*finished(drafted(rounds=lambda _name: False)))
+        told = "activations are not rounded, though that were faster"
+    return replace(made, notes=(*made.notes, f"{told}: {first.what}"))
 
 
 def _finished(

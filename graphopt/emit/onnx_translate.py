@@ -168,10 +168,10 @@ def fuse_for_runtime(model: Any) -> dict[str, int]:
         "rms_normalization": onnx_norms.count(model.model),
         "rotary_embedding": onnx_rotary.count(model.model),
     }
-    _hide_windows(model.model)
+    _hide(model.model)
     with quiet():
         fused, counts = optimize_for_ort(model.model)
-    _show_windows(fused)
+    _show(fused)
     model.model = fused
     if onnx_sums.doubles_apart(fused):
         counts = {name: count for name, count in counts.items() if name not in onnx_sums.FUSIONS}
@@ -179,22 +179,33 @@ def fuse_for_runtime(model: Any) -> dict[str, int]:
     return {name: count for name, count in totals.items() if count}
 
 
-def _hide_windows(model: Any) -> None:
-    """Put reshapes of attention's heads to other than ``(B, S, E)`` under a name that none matches.
+def _hide(model: Any) -> None:
+    """Put operators that onnxscript would fuse wrongly under a name that no pattern has.
 
-    onnxscript puts attention in place of the transpose of heads and of any reshape behind it, but
-    its result has three axes (Swin makes windows of heads at once).
+    Reshapes of attention's heads to other than ``(B, S, E)``: it puts attention in place of the
+    transpose of heads and of any reshape behind it, but its result has three axes (Swin makes
+    windows of heads at once). Heads of which a part is turned by positions: it makes an operator
+    without the number of heads, which ONNX Runtime does not load (GPT-NeoX).
     """
-    for node in [node for node in model.graph if _makes_windows(node)]:
+    for node in [node for node in model.graph if _makes_windows(node) or _turns_a_part(node)]:
         node.domain = _HIDDEN
         model.opset_imports[_HIDDEN] = 1
 
 
-def _show_windows(model: Any) -> None:
+def _show(model: Any) -> None:
     model.opset_imports.pop(_HIDDEN, None)
     for node in model.graph:
         if node.domain == _HIDDEN:
             node.domain = ""
+
+
+def _turns_a_part(node: Any) -> bool:
+    """Whether a node joins something with the rest of a head; not the halves of a rotation."""
+    if node.op_type != "Concat" or len(node.inputs) != 2:
+        return False
+    first, rest = (value.producer() for value in node.inputs)
+    whole = first is None or first.op_type in ("Neg", "Slice")
+    return not whole and rest is not None and rest.op_type == "Slice"
 
 
 def _makes_windows(node: Any) -> bool:

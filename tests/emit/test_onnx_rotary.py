@@ -109,3 +109,23 @@ def canonical(model: nn.Module, x: Tensor) -> Any:
         model.eval(), example_inputs=(x,), passes=["Canonicalize"], measure=False
     )
     return made.program
+
+
+class InPart(Turned):
+    """The rest of each head is not turned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned, _ = super().forward(x[..., :WIDTH])
+        return torch.cat([turned, x[..., WIDTH:]], -1)
+
+
+def test_heads_that_are_turned_in_part(tmp_path: Path) -> None:
+    """ONNX Runtime does not load what onnxscript makes of them."""
+    x = torch.cat([inputs(), inputs()[..., :4]], -1)
+    module = graphopt.compile(
+        InPart().eval(), example_inputs=(x,), dynamic_shapes=AXES, measure=False
+    )
+    result = graphopt.export_onnx(module, tmp_path / "m.onnx", measure=False)
+    kinds = Counter(node.op_type for node in onnx.load(result.path).graph.node)
+    assert kinds["RotaryEmbedding"] == 1
+    assert result.error < 2e-6

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import Any
 
 from graphopt.emit.onnx_quantized.calls import (
@@ -24,7 +25,7 @@ from graphopt.emit.onnx_quantized.calls import (
     quantized_nodes,
     with_slots,
 )
-from graphopt.emit.onnx_quantized.choosing import Choice, choose
+from graphopt.emit.onnx_quantized.choosing import Choice, Rounds, choose
 from graphopt.emit.onnx_quantized.forms import forms_of
 from graphopt.emit.onnx_quantized.merged import merged_siblings
 from graphopt.emit.onnx_quantized.place import place
@@ -34,6 +35,7 @@ from graphopt.program import Program
 __all__ = [
     "Call",
     "Lowering",
+    "Rounds",
     "calls_of",
     "lower",
     "lower_merged",
@@ -48,6 +50,10 @@ BLOCKS = 21
 """The first operator set in which ``DequantizeLinear`` has 4 bits, and scales for blocks."""
 LOSS = 2.0
 """What outputs may be off by, times what products come to that round activations."""
+
+
+LEFT = 0.25
+"""Of what rounding activations changes, where the products that change most do not round."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,14 @@ class Lowering:
         rounded = (c.error**2 for c in self.choices if c.form.rounds)
         return LOSS * math.sqrt(sum(rounded))
 
+    def most_rounded(self) -> frozenset[str]:
+        """Weights of the products by which rounding activations changes most: without them it
+        changes `LEFT` of it."""
+        choices = sorted((c for c in self.choices if c.form.rounds), key=lambda c: c.error)
+        left = (LEFT * self.tolerance / LOSS) ** 2
+        kept = takewhile(lambda total: total <= left, accumulate(c.error**2 for c in choices))
+        return frozenset(c.call.name for c in choices[len(list(kept)) :])
+
     def notes(self) -> list[str]:
         """In which forms the operators are, and what else was tried."""
         return notes_of(self.choices)
@@ -95,7 +109,7 @@ def lower(
     standard: bool,
     verify: bool,
     measure: bool,
-    rounds: bool = True,
+    rounds: Rounds = lambda _name: True,
     known: Mapping[str, Choice] | None = None,
 ) -> Lowering:
     """The program with slots; itself where it has no quantized operator.
@@ -105,7 +119,8 @@ def lower(
         standard: only operators of the ONNX standard.
         verify: try forms in ONNX Runtime before they are chosen.
         measure: choose the fastest.
-        rounds: of forms that are tried, some may round activations where the operator does not.
+        rounds: by the name of a weight, whether forms that are tried may round activations where
+            the operator does not.
         known: choices for nodes of these names, made before.
 
     Raises:

@@ -7,7 +7,7 @@ fastest, each where its own weight holds to the bound in that form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ ROWS, RESULTS = 2048, 1 << 24
 """Rows of its input and numbers of its result that an operator is tried on, at most."""
 SMALLER = 1.5
 """Times as long as the fastest a form may take that keeps the weight small in memory."""
+
+
+Rounds = Callable[[str], bool]
 
 
 @dataclass
@@ -53,10 +56,13 @@ class FormChooser:
         standard: of operators of the ONNX standard alone.
         opset: operator set that forms are for.
         time: choose the fastest, else the first that holds.
-        rounds: forms may round activations that the operator reads as they are.
+        rounds: by the name of a weight, whether forms may round activations that the operator
+            reads as they are.
     """
 
-    def __init__(self, *, standard: bool, opset: int, time: bool, rounds: bool = True) -> None:
+    def __init__(
+        self, *, standard: bool, opset: int, time: bool, rounds: Rounds = lambda _name: True
+    ) -> None:
         self.standard, self.opset, self.time, self.rounds = standard, opset, time, rounds
         self.kinds: dict[Any, str] = {}
 
@@ -71,9 +77,9 @@ class FormChooser:
             made = linear(x, call.weight, activations=call.activations, static=call.static)
             own = difference(made, exact(call, x))[0]
         forms = forms_of(call, standard=self.standard, opset=self.opset)
-        if not self.rounds and call.activations == "none":
-            forms = [form for form in forms if not form.rounds]
-        kind = (call.scheme, call.weight.shape, call.activations, call.embedding, x.shape)
+        free = call.activations != "none" or self.rounds(call.name)
+        forms = [form for form in forms if free or not form.rounds]
+        kind = (call.scheme, call.weight.shape, call.activations, call.embedding, x.shape, free)
         if kind in self.kinds:  # what was fastest first; the rest where that does not hold
             forms.sort(key=lambda form: form.name != self.kinds[kind])
             found = _first_that_holds(call, x, forms, self.opset, own)
@@ -168,7 +174,7 @@ def choose(
     standard: bool,
     opset: int,
     time: bool,
-    rounds: bool = True,
+    rounds: Rounds = lambda _name: True,
     known: Mapping[str, Choice] | None = None,
 ) -> list[Choice]:
     """A choice for each call, in order; runs the program once.
