@@ -14,7 +14,7 @@ from torch.export.graph_signature import OutputKind as TorchOutput
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from graphopt.capture_limits import allowing_one, traced_assumptions
+from graphopt.capture_limits import allowing_one, attention_assumptions, traced_assumptions
 from graphopt.capture_lowering import lower_in_place
 from graphopt.capture_modes import changes_mode, inline_grad_modes
 from graphopt.errors import CaptureError
@@ -45,7 +45,7 @@ def from_exported(exported: ExportedProgram, *, training: bool, frozen: bool) ->
         CaptureError: it holds something that is neither a tensor nor a plain value, or it writes
             differentiable values where gradients are off and ``frozen`` is false.
     """
-    assumptions = traced_assumptions(exported)
+    assumptions = (*traced_assumptions(exported), *attention_assumptions(exported))
     exported, notes = _functional(exported, frozen=frozen)
     signature = exported.graph_signature
     inputs = [_input(spec, exported) for spec in signature.input_specs]

@@ -22,7 +22,7 @@ from graphopt.capture_tables import table_limits
 from graphopt.errors import CaptureError
 from graphopt.program import Program, val
 from graphopt.signature import Assumption
-from graphopt.source import is_user_file, traced_line
+from graphopt.source import is_user_file, source_line, traced_line
 
 _SOURCE = re.compile(r"L(?:\['[^']*'\]|\[\d+\]|\.[A-Za-z_]\w*\b(?!\())+(?:\.size\(\)\[\d+\])?")
 
@@ -126,6 +126,22 @@ def traced_assumptions(exported: ExportedProgram) -> tuple[Assumption, ...]:
         text = PythonPrinter().doprint(condition)
         found.setdefault(text, Assumption(text, _where(guard)))
     return tuple(found.values())
+
+
+def attention_assumptions(exported: ExportedProgram) -> tuple[Assumption, ...]:
+    """That there are as many keys as values: torch's kernels on CPUs do not ask. They count values,
+    and read and write beyond keys that are fewer."""
+    known, found = _symbols(exported), dict[str, Assumption]()
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    for node in exported.graph.find_nodes(op="call_function", target=target):
+        keys, values = (expression(val(operand).shape[-2]) for operand in node.args[1:3])
+        if keys != values and (keys - values).free_symbols <= known:
+            text = PythonPrinter().doprint(sympy.Eq(keys, values))
+            found.setdefault(text, Assumption(text, source_line(node), _UNEQUAL))
+    return tuple(found.values())
+
+
+_UNEQUAL = "attention has as many keys as values"
 
 
 def _symbols(exported: ExportedProgram) -> set[sympy.Symbol]:

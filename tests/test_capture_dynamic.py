@@ -177,6 +177,25 @@ def test_a_branch_on_a_size_becomes_an_assumption() -> None:
     assert caught.value.where == f"{__file__}:{line}"
 
 
+class Attends(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, key, value)  # here
+
+
+def test_attention_has_as_many_keys_as_values() -> None:
+    """PyTorch's kernels on CPUs read beyond keys that are fewer."""
+    axes = ({2: Dim.DYNAMIC},) * 3
+    args = tuple(torch.rand(2, 4, 6, 8) for _ in range(3))
+    program = capture(Attends(), args, dynamic_shapes=axes)
+    guard = InputGuard(program)
+    guard([torch.rand(2, 4, size, 8) for size in (3, 5, 5)])
+    with pytest.raises(GraphoptError, match="as many keys as values") as caught:
+        guard([torch.rand(2, 4, size, 8) for size in (3, 1, 5)])
+    assert caught.value.where is not None and caught.value.where.startswith(f"{__file__}:")
+    tied = capture(Attends(), args, dynamic_shapes=({2: "rows"}, {2: "seen"}, {2: "seen"}))
+    assert not tied.assumptions
+
+
 class Fixed(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         z = x.sin()

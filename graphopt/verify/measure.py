@@ -122,8 +122,8 @@ def _judge(
     if was[0] > NOISE or old.dtype == torch.float64:  # in float64 the original is the reference
         floor *= max(1.0, magnitude / (rms(exact) or 1.0))
     bound = multiple * was[0] + floor
-    if numeric is Numeric.LOSSY:  # where all cancelled the original is noise, and so may this be
-        bound = max(tolerance, bound) if was[0] > NOISE else tolerance
+    if numeric is Numeric.LOSSY:  # a value smaller than the original's error of it cancelled
+        bound = max(tolerance, bound) if was[0] > 1 else tolerance
     peak = math.inf if numeric is Numeric.LOSSY else 2 * multiple * was[1] + 4 * floor * now[2]
     ok = now[0] <= bound and now[1] <= peak
     return Measure(now[0], now[1], was[0], bound, ok, "" if ok else ABOVE)

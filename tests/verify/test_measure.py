@@ -53,6 +53,21 @@ def test_a_value_that_cancelled_is_held_to_what_it_was_summed_from() -> None:
     assert not compare(old, wrong, exact, LOOSE, magnitude=1.0).ok
 
 
+def test_a_lossy_value_that_cancelled_is_held_to_the_originals_own_noise() -> None:
+    """Gradients of attention on one column are zero, and noise in float64 too."""
+    exact = 1e-17 * torch.randn(100, dtype=torch.float64)
+    old, wrong = noisy(exact, 5e-8, 1), noisy(exact, 5e-6, 2)
+    assert compare(old, torch.zeros(100), exact, Numeric.LOSSY, 0.02).ok
+    assert not compare(old, wrong, exact, Numeric.LOSSY, 0.02).ok
+
+
+def test_a_lossy_value_that_the_original_is_half_right_about_is_held_to_the_tolerance() -> None:
+    exact = torch.randn(100, dtype=torch.float64)
+    old, new = noisy(exact, 0.5, 1), noisy(exact, 0.1, 2)
+    assert not compare(old, new, exact, Numeric.LOSSY, 0.02).ok
+    assert compare(old, new, exact, Numeric.LOSSY, 0.2).ok
+
+
 def test_a_small_value_that_did_not_cancel_is_held_to_itself() -> None:
     exact = 1e-6 * torch.randn(100, dtype=torch.float64)
     old = exact.float()
