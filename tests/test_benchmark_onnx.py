@@ -95,12 +95,9 @@ def test_a_decoder_is_timed_on_a_token_and_a_prompt_and_weighed(
     assert "loaded, of the file" in memory
 
 
-HERE = (torch.device("cpu"), "cpu")
-
-
 def test_regions_that_are_right_fail_in_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_cuda, "ROUNDS", 1)
-    found = onnxruntime_cuda.checked(_subject(), *HERE)
+    found = onnxruntime_cuda.checked(_subject(), torch.device("cpu"), "cpu")
     json.dumps(found)
     assert found["failed"] == []
     assert [set(r["runs on"]) for r in found["partition"]["regions"]] == [{"CPUExecutionProvider"}]

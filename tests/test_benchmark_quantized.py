@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quantized_gpu, quantized_smollm2
+from benchmarks import quantized_gpu, quantized_smollm2, smollm2_tokens
 from benchmarks.quantized_gpu import FOUR, LAYERS, SETUPS, Setup, measured
 from benchmarks.quantized_peers import Format, nearest
 from graphopt.kernels.quantized import Scheme
@@ -90,3 +90,17 @@ def test_a_contender_that_takes_too_long_is_ended(
     assert "no answer within" in process.loaded["error"]
     assert process.pipe.poll() is not None
     assert process.ask("decode") == {"error": "the process ended"}
+
+
+def test_tokens_are_counted_up_to_the_first_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2_tokens, "PAUSE", 0.0)
+    texts = {1: torch.tensor([[5, 6, 7, 8]]), 2: torch.tensor([[1, 2, 3, 4]])}
+    other = {1: texts[1], 2: torch.tensor([[1, 9, 3, 4]])}
+    ways = {
+        smollm2_tokens.EAGER: lambda prompt: texts[int(prompt)],
+        smollm2_tokens.EXACT: lambda prompt: other[int(prompt)],
+    }
+    found = smollm2_tokens.compared(ways, [torch.tensor([[1]]), torch.tensor([[2]])])
+    assert found[smollm2_tokens.EAGER]["prompts with the same tokens"] == 2
+    row = found[smollm2_tokens.EXACT]
+    assert row["prompts with the same tokens"] == 1 and row["same tokens before another"] == 2.5

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.emit.onnx_axes import name_axes
-from graphopt.emit.onnx_quantized import Lowering, Rounds, lower, lower_merged
+from graphopt.emit.onnx_quantized import Lowering, Rounds, always, lower, lower_merged
 from graphopt.emit.onnx_runtime import feed_of, open_session
 from graphopt.emit.onnx_sums import FUSIONS, sums_apart
 from graphopt.emit.onnx_tied import (
@@ -55,7 +55,7 @@ def best_draft(
     verify: bool = True,
     measure: bool = True,
     sums: bool = True,
-    rounds: Rounds = lambda _name: True,
+    rounds: Rounds = always,
 ) -> Draft:
     """The program as a model; with ``measure`` the one that ONNX Runtime runs fastest here.
 
@@ -64,8 +64,7 @@ def best_draft(
         fuse: with ONNX Runtime's own operators; else those of the standard alone.
         verify: try the forms of quantized operators in ONNX Runtime.
         sums: additions before norms may stand by themselves.
-        rounds: by the name of a weight, whether its product may round activations that it reads as
-            they are.
+        rounds: which quantized products may round activations of themselves.
 
     Raises:
         ExportError: an operator has no translation.

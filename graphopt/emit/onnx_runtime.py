@@ -55,7 +55,7 @@ def compare_with_runtime(
         VerificationError: names the output that differs, and by how much.
     """
     exact = unrounded(program)
-    twin = rounded(program) if allowed else None
+    twin = rounded(program) if allowed else program
     session, checked = open_session(path), (inputs, outputs, exact, allowed, twin)
     rows = _compare_once(program, session, program.example_inputs, *checked)
     notes: dict[str, None] = {}
@@ -108,7 +108,7 @@ def _compare_once(
     outputs: Sequence[str],
     reference: Program,
     allowed: float,
-    twin: Program | None,
+    twin: Program,
 ) -> list[Measure]:
     mutated = sum(o.kind is not OutputKind.USER for o in program.outputs)
     old = run_program(program, values, wide=False, grad=False).outputs[mutated:]
@@ -117,17 +117,19 @@ def _compare_once(
         mutated:
     ]
     wanted = [i for i, o in enumerate(old) if isinstance(o, Tensor)]
-    costs = [cache(partial(_drawn, p, values)) for p in (program, twin) if p is not None]
     capped = SENSITIVE if reference is program else math.inf
+    spreads = [(cache(partial(_drawn, program, values)), capped)]
+    if twin is not program:
+        spreads.append((cache(partial(_drawn, twin, values)), math.inf))
     rows = []
     for name, i, n in zip(outputs, wanted, new, strict=False):
         if n.is_floating_point():  # a file in half precision of a program in float32
             n = n.to(old[i].dtype)
         tolerance = max(TOLERANCE.get(old[i].dtype, 0.0), allowed)
         found = compare(old[i], n, exact[i], Numeric.LOSSY, tolerance)
-        for cost, sensitive in zip(costs, (capped, math.inf), strict=False):
+        for spread, sensitive in spreads:
             if not found.ok:
-                own, *drawn = (run.outputs[mutated:][i] for run in cost())
+                own, *drawn = (run.outputs[mutated:][i] for run in spread())
                 options: Any = {"rounded": drawn, "sensitive": sensitive}
                 again = compare(own, n, exact[i], Numeric.REASSOCIATED, **options)
                 found = again if again.ok else found

@@ -90,9 +90,9 @@ def hold(
     Args:
         tolerance: for lossy programs, the largest relative RMS error.
         lower: makes the optimized graph executable, where the interpreter is not to run it.
-        reference: what in float64 both are held to, where it is not the original itself: it has
-            not what the original loses by decisions that rounding takes, and that, as it is in
-            runs with random rounding, is the measure.
+        reference: what in float64 both are held to, where it is not the original itself: the
+            original without what it rounds. What rounding costs it, in runs with random rounding
+            too, is the measure then.
         seen: is shown what the optimized program gave, and the original in float64.
     """
     grad = not original.frozen

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from graphopt.kernels.quantized.operator import quantized_linear
 from graphopt.program import Program
 from graphopt.rewrite.match import arguments
 
@@ -34,23 +35,18 @@ def unrounded(program: Program) -> Program:
 
 
 def rounded(program: Program) -> Program:
-    """A copy whose quantized products round the rows that they read to eight bits, those too that
-    read them as they are: what a runtime may do that has no other product of such weights."""
+    """A copy whose quantized products round the rows that they read as they are: what a runtime may
+    do that has no other product of such weights. Itself if there are none."""
     twin = program.copy()
-    for node in twin.graph.nodes:
-        if _activations(node) == AS_THEY_ARE:
-            given = arguments(node) | {ARGUMENT: "dynamic"}
-            node.args, node.kwargs = tuple(given.values()), {}
-    return twin.recompile()
+    products = twin.graph.find_nodes(op="call_function", target=quantized_linear)
+    given = {node: arguments(node) for node in products}
+    plain = [node for node in products if given[node][ARGUMENT] == AS_THEY_ARE]
+    for node in plain:
+        node.args, node.kwargs = tuple((given[node] | {ARGUMENT: "dynamic"}).values()), {}
+    return twin.recompile() if plain else program
 
 
 def _rounds(node: fx.Node) -> bool:
-    return _activations(node) not in (None, AS_THEY_ARE)
-
-
-def _activations(node: fx.Node) -> str | None:
-    """How an operator of graphopt takes activations; None where it has no such choice."""
     if node.op != "call_function" or getattr(node.target, "namespace", "") != "graphopt":
-        return None
-    found: str | None = arguments(node).get(ARGUMENT)
-    return found
+        return False
+    return arguments(node).get(ARGUMENT, AS_THEY_ARE) != AS_THEY_ARE

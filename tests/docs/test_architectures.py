@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from models import cnn, huggingface
+import pytest
+from models import cnn, huggingface, sweep
 from models.entry import Entry
 from models.sweep import check
 from models.sweep_check import Row, difference
@@ -61,3 +62,20 @@ def test_the_difference_sees_one_percent() -> None:
     nan = {"w": torch.full((3,), float("nan"))}
     assert difference(nan, nan) == 0.0
     assert not difference(nan, {"w": torch.ones(3)}) <= 1.0
+
+
+def test_a_sweep_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[sweep.Job] = [("encoder", name, False, True) for name in ("bert", "esm")]
+    row = Row("bert", "encoder", "eval", True, ("batch",), ("another size",), applied={"A": 2})
+    kept = tmp_path / "rows.jsonl"
+    with sweep._Kept(kept) as first:
+        first.add(jobs[0], [row])
+    monkeypatch.setattr(sweep, "_job", None)  # nothing is left to run
+    with sweep._Kept(kept) as again:
+        assert list(sweep._rows(jobs[:1], 1, again)) == [row]
+        again.add(jobs[1], [row])
+    with sweep._Kept(kept) as both:
+        assert list(both.known) == jobs
+    with sweep._Kept(None) as none:
+        none.add(jobs[0], [row])
+        assert none.known == {jobs[0]: [row]}

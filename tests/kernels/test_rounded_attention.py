@@ -62,6 +62,17 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: Any) 
     )
 
 
+def half(
+    given: Any,
+    mask: Any = None,
+    causal: bool = False,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+    side_by_side: bool = True,
+) -> Tensor:
+    return half_attention(*given, *added(mask, dtype), causal, scale, dtype, side_by_side)
+
+
 def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
@@ -76,7 +87,7 @@ def test_products_in_bfloat16(
     given, (mask, causal, scale) = case(name)
     factor = 8**-0.5 if scale is None else scale
     cast = [t.to(dtype) for t in given]
-    made = half_attention(*cast, *added(mask, torch.bfloat16), causal, factor, torch.bfloat16, True)
+    made = half(cast, mask, causal, factor)
     assert made.dtype == dtype
     assert off(made, exact(*cast, mask, causal, scale)) < 9e-3
     if "hidden" in name:
@@ -92,7 +103,7 @@ def test_the_same_in_float32_rounds_nothing(
     monkeypatch.setattr(module, "MOST", most)
     given, (mask, causal, scale) = case(name)
     factor = 8**-0.5 if scale is None else scale
-    made = half_attention(*given, *added(mask, torch.float32), causal, factor, torch.float32, False)
+    made = half(given, mask, causal, factor, torch.float32, side_by_side=False)
     assert off(made, exact(*given, mask, causal, scale)) < 1e-6
 
 
@@ -127,17 +138,17 @@ def test_float16_is_nearer(name: str) -> None:
 
 def test_strided_operands() -> None:
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands())
-    made = half_attention(q, k, v, None, None, False, 8**-0.5, torch.bfloat16, True)
-    again = half_attention(*operands(), None, None, False, 8**-0.5, torch.bfloat16, True)
+    made = half((q, k, v), scale=8**-0.5)
+    again = half(operands(), scale=8**-0.5)
     assert torch.equal(made, again)
     assert made.stride() == q.stride() == F.scaled_dot_product_attention(q, k, v).stride()
 
 
 def test_nothing_is_shared_between_calls() -> None:
     given = operands()
-    first = half_attention(*given, None, None, False, 1.0, torch.bfloat16, True)
+    first = half(given)
     kept = first.clone()
-    half_attention(*(2 * t for t in given), None, None, False, 1.0, torch.bfloat16, True)
+    half([2 * t for t in given])
     assert torch.equal(first, kept)
 
 
@@ -145,25 +156,16 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     module._spaces.__dict__.clear()
     given = operands()
     with torch.inference_mode():
-        first = half_attention(
-            *given, *added(SEEN, torch.bfloat16), False, 1.0, torch.bfloat16, True
-        )
+        first = half(given, SEEN)
     with torch.no_grad():
-        again = half_attention(
-            *given, *added(SEEN, torch.bfloat16), False, 1.0, torch.bfloat16, True
-        )
+        again = half(given, SEEN)
     assert torch.equal(first, again)
 
 
 def test_no_rows_and_no_examples() -> None:
     q, k, v = operands()
-    assert (
-        half_attention(q[:0], k[:0], v[:0], None, None, False, 1.0, torch.bfloat16, True).shape[0]
-        == 0
-    )
-    assert (
-        half_attention(q[:, :, :0], k, v, None, None, False, 1.0, torch.bfloat16, True).numel() == 0
-    )
+    assert half((q[:0], k[:0], v[:0])).shape[0] == 0
+    assert half((q[:, :, :0], k, v)).numel() == 0
 
 
 def test_float64_operands_are_rounded_and_nothing_else_is() -> None:

@@ -151,7 +151,8 @@ def main(arguments: list[str]) -> int:
 
 
 class _Kept:
-    """Rows by their job in a file of JSON lines; in none where the path is None."""
+    """Rows by their job in a file of JSON lines; in none where the path is None. Rows that other
+    versions made are taken too."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.known = path, dict[Job, list[Row]]()

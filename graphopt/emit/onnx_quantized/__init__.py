@@ -25,7 +25,7 @@ from graphopt.emit.onnx_quantized.calls import (
     quantized_nodes,
     with_slots,
 )
-from graphopt.emit.onnx_quantized.choosing import Choice, Rounds, choose
+from graphopt.emit.onnx_quantized.choosing import Choice, Rounds, always, choose
 from graphopt.emit.onnx_quantized.forms import forms_of
 from graphopt.emit.onnx_quantized.merged import merged_siblings
 from graphopt.emit.onnx_quantized.place import place
@@ -36,6 +36,7 @@ __all__ = [
     "Call",
     "Lowering",
     "Rounds",
+    "always",
     "calls_of",
     "lower",
     "lower_merged",
@@ -109,7 +110,7 @@ def lower(
     standard: bool,
     verify: bool,
     measure: bool,
-    rounds: Rounds = lambda _name: True,
+    rounds: Rounds = always,
     known: Mapping[str, Choice] | None = None,
 ) -> Lowering:
     """The program with slots; itself where it has no quantized operator.
@@ -119,8 +120,7 @@ def lower(
         standard: only operators of the ONNX standard.
         verify: try forms in ONNX Runtime before they are chosen.
         measure: choose the fastest.
-        rounds: by the name of a weight, whether forms that are tried may round activations where
-            the operator does not.
+        rounds: which products may do that of themselves, of forms that are tried.
         known: choices for nodes of these names, made before.
 
     Raises:

@@ -30,6 +30,11 @@ SMALLER = 1.5
 
 
 Rounds = Callable[[str], bool]
+"""By the name of a weight, whether its product may round activations that it reads as they are."""
+
+
+def always(_name: str) -> bool:
+    return True
 
 
 @dataclass
@@ -56,13 +61,10 @@ class FormChooser:
         standard: of operators of the ONNX standard alone.
         opset: operator set that forms are for.
         time: choose the fastest, else the first that holds.
-        rounds: by the name of a weight, whether forms may round activations that the operator
-            reads as they are.
+        rounds: which products may do that of themselves.
     """
 
-    def __init__(
-        self, *, standard: bool, opset: int, time: bool, rounds: Rounds = lambda _name: True
-    ) -> None:
+    def __init__(self, *, standard: bool, opset: int, time: bool, rounds: Rounds = always) -> None:
         self.standard, self.opset, self.time, self.rounds = standard, opset, time, rounds
         self.kinds: dict[Any, str] = {}
 
@@ -174,7 +176,7 @@ def choose(
     standard: bool,
     opset: int,
     time: bool,
-    rounds: Rounds = lambda _name: True,
+    rounds: Rounds = always,
     known: Mapping[str, Choice] | None = None,
 ) -> list[Choice]:
     """A choice for each call, in order; runs the program once.

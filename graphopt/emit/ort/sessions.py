@@ -74,10 +74,7 @@ class Session:
         import onnxruntime
 
         self.weights = {name: value_of(t) for name, t in model.weights.items()}
-        read = {
-            n: v if v.device_name() == "cpu" else value_of(model.weights[n].cpu())
-            for n, v in self.weights.items()
-        }  # by optimizers, while the session is opened
+        read = {name: value_of(t.cpu()) for name, t in model.weights.items()}  # while it is opened
         options = _options(self.weights, read, settings)
         disabled = [] if settings.packed else ["ConstantFolding"]
         try:
@@ -128,11 +125,7 @@ def element_type(dtype: torch.dtype) -> Any:
 
 
 def _options(weights: Mapping[str, Any], read: Mapping[str, Any], settings: Settings) -> Any:
-    """
-    Args:
-        weights: where sessions compute with them.
-        read: the same in host memory.
-    """
+    """For a session on ``weights`` where they are; its optimizers ``read`` them on the host."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -196,10 +189,10 @@ sizes, which are on the CPU and are read there."""
 
 
 def _refuse_cpu(runs: list[_Run]) -> None:
-    """
+    """Refuse a session in which the CPU, which was not named, has more to do than with sizes.
+
     Raises:
-        ExportError: the CPU, which was not named, would run more than computations of sizes, or
-            all there is.
+        ExportError: it would run other operators, or all there are.
     """
     given = [run.operator for run in runs if run.provider == CPU]
     left = given if len(given) == len(runs) else [name for name in given if name not in SIZES]
