@@ -46,7 +46,7 @@ def run(data: Path | None) -> dict[str, object]:
     if data is None:
         return {"skipped": "it wants --data, for a text"}
     model, tokenizer = loaded
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     text = (data / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8")
     ids = tokenizer(text[:100_000], return_tensors="pt").input_ids[0]
     prompts = [part[None] for part in ids.split(len(ids) // PROMPTS)[:PROMPTS]]

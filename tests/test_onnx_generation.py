@@ -87,6 +87,19 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, folder
 
 
+def test_a_token_at_a_time_whatever_the_model_was_trained_with(
+    llamas: tuple[Any, Path], tmp_path: Path
+) -> None:
+    """Configs of trained models say ``use_cache: false``, which made each token a whole prompt."""
+    folder = shutil.copytree(llamas[1], tmp_path / "trained")
+    (folder / "generation_config.json").write_text('{"use_cache": false, "eos_token_id": null}')
+    fast, sizes = OnnxCausalLM(folder), []
+    run = fast._run
+    fast._run = lambda values, past: sizes.append(values["input_ids"].shape[1]) or run(values, past)
+    fast.generate(torch.arange(5)[None], max_new_tokens=4, do_sample=False)
+    assert sizes == [5, 1, 1, 1]
+
+
 def batch() -> dict[str, Tensor]:
     """Three rows, two of which are padded on their left."""
     ids = torch.randint(2, 192, (3, 9), generator=torch.Generator().manual_seed(3))

@@ -305,10 +305,20 @@ def _write_beside(
         _copy_sentence_modules(plan.origin, folder)
     if generates and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
+    if generates:
+        _use_cache(folder / "generation_config.json")
     if plan.decoder is not None:
         made = genai_config(model, plan.decoder, inputs)
         text = json.dumps(made, indent=2) + "\n"
         (folder / "genai_config.json").write_text(text, encoding="utf-8")
+
+
+def _use_cache(file: Path) -> None:
+    """``generate`` fills the cache whatever the model was trained with: the files have one."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("use_cache") is False:
+        text = json.dumps(settings | {"use_cache": True}, indent=2, sort_keys=True) + "\n"
+        file.write_text(text, encoding="utf-8")
 
 
 def _copy_sentence_modules(origin: Path, folder: Path) -> None:

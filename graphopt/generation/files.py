@@ -149,9 +149,13 @@ def _open(path: Path, threads: int | None) -> Any:
 
 
 def _generation_config(place: Path, config: Any) -> Any:
+    """With the cache in use, which the files have whatever the model was trained with."""
     if (place / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(place, local_files_only=True)
-    return GenerationConfig.from_model_config(config)
+        found = GenerationConfig.from_pretrained(place, local_files_only=True)
+    else:
+        found = GenerationConfig.from_model_config(config)
+    found.use_cache = True
+    return found
 
 
 def started_layers(cache: Any) -> list[Any]:

@@ -40,6 +40,7 @@ def llama(seed: int = 0, **sizes: Any) -> Any:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     folder, model = tmp_path_factory.mktemp("made") / "llama", llama()
+    model.generation_config.use_cache = False  # as in training
     return folder, model, export_onnx_folder(model, folder, measure=False)
 
 
@@ -59,7 +60,7 @@ def test_a_language_model_has_the_names_that_others_read(made: tuple[Path, Any, 
     assert "none is in the folder" in "\n".join(result.lines())
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
     assert result.to_dict()["models"][0]["path"].endswith("model.onnx")
-    assert (folder / "generation_config.json").is_file()
+    assert json.loads((folder / "generation_config.json").read_text())["use_cache"] is True
 
 
 def test_onnxruntime_genai_is_told_the_same(made: tuple[Path, Any, Any]) -> None:
