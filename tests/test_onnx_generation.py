@@ -100,6 +100,24 @@ def test_a_token_at_a_time_whatever_the_model_was_trained_with(
     assert sizes == [5, 1, 1, 1]
 
 
+def test_torch_keeps_one_thread_while_a_file_generates(
+    llamas: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, seen = OnnxCausalLM(llamas[1], threads=2), []
+    run, before = fast._run, torch.get_num_threads()
+    monkeypatch.setattr(fast, "_run", lambda *a: seen.append(torch.get_num_threads()) or run(*a))
+    torch.set_num_threads(2)
+    try:
+        fast.generate(torch.arange(5)[None], max_new_tokens=2, do_sample=False)
+        with pytest.raises(ValueError, match="greater than 0"):
+            fast.generate(torch.arange(5)[None], max_new_tokens=-1)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+        fast.generate(torch.arange(5)[None], max_new_tokens=3, assistant_model=llamas[0])
+        assert set(seen[2:]) == {2}
+    finally:
+        torch.set_num_threads(before)
+
+
 def batch() -> dict[str, Tensor]:
     """Three rows, two of which are padded on their left."""
     ids = torch.randint(2, 192, (3, 9), generator=torch.Generator().manual_seed(3))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ _DTYPES = {
 }
 FIELD = next(n for n in CACHE_ARGUMENTS if n in {f.name for f in fields(CausalLMOutputWithPast)})
 """What transformers calls the cache among outputs, from 5.24 on and before."""
+
+_lock, _inside = Lock(), list[int]()
 
 
 class OnnxModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -55,6 +59,16 @@ class OnnxModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """The CPU, where inputs and the cache are."""
         return torch.device("cpu")
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokens, as ``GenerationMixin.generate`` of transformers makes them.
+
+        Between runs of the files torch is left one thread: its others would spin while ONNX Runtime's
+        work, and both take half as long again. With an ``assistant_model``, which may be one of
+        torch, it keeps its threads.
+        """
+        with nullcontext() if kwargs.get("assistant_model") is not None else _one_thread():
+            return super().generate(*args, **kwargs)
+
     def save_pretrained(self, *_args: Any, **_kwargs: Any) -> None:
         """Refused: weights are in the ONNX files.
 
@@ -64,6 +78,19 @@ class OnnxModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         raise GraphoptError(
             "an ONNX file's weights are no state dict of transformers", fix="copy the folder"
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of torch for this one; those of before come back with the last that leaves."""
+    with _lock:
+        _inside.append(_inside[0] if _inside else torch.get_num_threads())
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            torch.set_num_threads(_inside.pop())
 
 
 class OnnxFile:
