@@ -62,9 +62,9 @@ class OnnxModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Tokens, as ``GenerationMixin.generate`` of transformers makes them.
 
-        Between runs of the files torch is left one thread: its others would spin while ONNX Runtime's
-        work, and both take half as long again. With an ``assistant_model``, which may be one of
-        torch, it keeps its threads.
+        Between runs of the files torch is left one thread: others would spin on the cores of ONNX
+        Runtime's, and both take half as long again. With an ``assistant_model``, which may be one
+        of torch, it keeps its threads.
         """
         with nullcontext() if kwargs.get("assistant_model") is not None else _one_thread():
             return super().generate(*args, **kwargs)
