@@ -11,12 +11,10 @@ from torch import Tensor
 
 from graphopt.errors import GraphoptError
 from graphopt.inputs import DEFAULT_EXTENT, DTYPES, Inputs, TensorSpec, draw_inputs
+from graphopt.onnx_types import RUNTIME
 
 KNOWN = {
-    **{f"tensor({n})": n for n in DTYPES if not n.startswith(("float", "complex"))},
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
+    kind: name for kind, name in RUNTIME.items() if name in DTYPES and not DTYPES[name].is_complex
 }
 """Names of `DTYPES` by what ONNX Runtime calls them: types that can be drawn, and checked."""
 

@@ -170,7 +170,7 @@ def quick(plain: fx.GraphModule) -> fx.GraphModule:
     graph = copy_graph(plain.graph)
     for node in _products(graph):
         given = arguments(node)
-        names = ("input", "codes", "scales", "bias", "group_size")
+        names = ("input", "codes", "scales", "bias")
         node.target, node.kwargs = int4pack.linear, {}
         node.args = tuple(given[name] for name in names)
     return fx.GraphModule(plain, graph)

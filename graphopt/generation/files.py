@@ -19,13 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graphopt.errors import GraphoptError, LoadError, MissingDependencyError
 from graphopt.huggingface_caches import CACHE_ARGUMENTS
+from graphopt.onnx_types import RUNTIME
 
-_DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(int64)": torch.int64,
-}
+_TAKEN = ("float32", "float64", "float16", "int64")
+"""Types that inputs and outputs may have."""
 FIELD = next(n for n in CACHE_ARGUMENTS if n in {f.name for f in fields(CausalLMOutputWithPast)})
 """What transformers calls the cache among outputs, from 5.24 on and before."""
 
@@ -106,12 +103,14 @@ class OnnxFile:
         self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
         self.outputs = {entry.name: entry for entry in self.session.get_outputs()}
         for entry in (*self.inputs.values(), *self.outputs.values()):
-            if entry.type not in _DTYPES:
+            if RUNTIME.get(entry.type) not in _TAKEN:
                 raise LoadError(f"{entry.name} is a {entry.type}", where=str(path))
 
     def dtype(self, name: str) -> torch.dtype:
         """Of an input or an output."""
-        return _DTYPES[(self.inputs.get(name) or self.outputs[name]).type]
+        entry = self.inputs.get(name) or self.outputs[name]
+        found: torch.dtype = getattr(torch, RUNTIME[entry.type])
+        return found
 
     def empty(self, name: str, rows: int) -> Tensor:
         """Keys or values ``(rows, heads, 0, width)`` for an input."""

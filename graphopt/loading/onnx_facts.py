@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from graphopt.loading.facts import TensorFacts, ValueFacts
-from graphopt.loading.onnx_files import dtype_name, tensor_bytes
+from graphopt.loading.onnx_files import tensor_bytes
+from graphopt.onnx_types import dtype_name
 
 
 def onnx_value(value: Any) -> ValueFacts:

@@ -11,15 +11,9 @@ from typing import Any
 
 from graphopt.errors import MissingDependencyError
 from graphopt.loading.findings import Finding, Limits, env_name, reading, refuse
+from graphopt.onnx_types import dtype_name
 
 _PROTOBUF_LIMIT = 2 << 30
-# TensorProto.DataType (onnx.proto), from 1.
-_DTYPE_NAMES = (
-    "float32 uint8 int8 uint16 int16 int32 int64 string bool float16 float64 uint32 uint64 "
-    "complex64 complex128 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
-    "uint4 int4 float4_e2m1 float8_e8m0 uint2 int2 float6_e2m3 float6_e3m2"
-)
-_DTYPES = _DTYPE_NAMES.split()
 
 
 def read_onnx(path: Path) -> Any:
@@ -158,8 +152,3 @@ def tensor_bytes(tensor: Any) -> int | None:
     width = re.match(r"[a-z]+(\d+)", name)
     bits = int(width[1]) if width else {"bool": 8}.get(name)
     return None if bits is None else -(-math.prod(tensor.dims) * bits // 8)
-
-
-def dtype_name(code: int) -> str:
-    """The name of a ``TensorProto.DataType``; ``type 99`` for one that is not known."""
-    return _DTYPES[code - 1] if 0 < code <= len(_DTYPES) else f"type {code}"

@@ -138,8 +138,8 @@ def _overridden(session: Any, first: Feed) -> Iterator[tuple[str, Feed]]:
 
     generator, others = np.random.default_rng(SEED), {}
     for entry in session.get_overridable_initializers():
-        kind = {"tensor(float)": "f4", "tensor(double)": "f8", "tensor(float16)": "f2"}
-        if entry.type in kind and all(isinstance(size, int) for size in entry.shape):
-            others[entry.name] = generator.standard_normal(entry.shape).astype(kind[entry.type])
+        kind = KNOWN.get(entry.type, "")
+        if kind.startswith("float") and all(isinstance(size, int) for size in entry.shape):
+            others[entry.name] = generator.standard_normal(entry.shape).astype(kind)
     if others:
         yield "initializers overridden", {**first, **others}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib import resources
-from string import Template
 
 from graphopt.onnx_files.bench import FileBench, FileTiming
 from graphopt.onnx_files.profile import NodeTime, OperatorTime, Profile
+from graphopt.report.frame import framed
 from graphopt.report.markup import Markup, join, tag
 from graphopt.report.plots import line, number, rectangle, text, told
 from graphopt.report.scales import linear
@@ -21,16 +20,9 @@ MOST = 20
 
 def render_profile(found: FileBench) -> str:
     """One self-contained page that runs no script and loads nothing; every name is escaped."""
-    return Template(_file("profile.html")).substitute(
-        title=join(f"{found.model}: profile in ONNX Runtime"),
-        style=_file("page.css"),
-        model=join(found.model),
-        parts=join(*_parts(found)),
-    )
-
-
-def _file(name: str) -> str:
-    return resources.files("graphopt.report").joinpath(name).read_text(encoding="utf-8")
+    head = tag("header", tag("h1", found.model))
+    body = tag("main", tag("section", *_parts(found)))
+    return framed(f"{found.model}: profile in ONNX Runtime", join(head, "\n", body))
 
 
 def _parts(found: FileBench) -> Iterator[Markup]:

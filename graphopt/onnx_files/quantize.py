@@ -28,6 +28,7 @@ from graphopt.onnx_files.recording import recorded
 from graphopt.onnx_files.steps import Allowed, Change, OnnxPass, Outcome, Surroundings, label
 from graphopt.onnx_files.unused import remove_unused
 from graphopt.onnx_files.values import as_tensor
+from graphopt.onnx_types import dtype_name
 from graphopt.passes.quantize import QuantizeMatmul
 from graphopt.passes.quantize.layers import Kind
 from graphopt.passes.quantize.linear import QuantizeLinear
@@ -167,7 +168,7 @@ class OnnxQuantizeMatmul(OnnxPass):
         if saved < NODES:
             return f"few bits save {saved} bytes, less than the nodes around it take"
         rank = max(t.ndim for t in given)
-        dtype = getattr(torch, _DTYPES[held.dtype.name])
+        dtype = getattr(torch, dtype_name(int(held.dtype)))
         call = Call(product.name, False, weight, kind.activations, dtype, rank)
         x = sample(call, given[0])
         try:
@@ -223,7 +224,6 @@ class OnnxQuantizeMatmul(OnnxPass):
 
 
 _RULE = "quantize a product"
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
 def onnx_quantize(step: QuantizeMatmul, where: str) -> OnnxQuantizeMatmul:

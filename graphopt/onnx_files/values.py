@@ -10,23 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.onnx_types import foreign_code
+
 Feed = Mapping[str, Any]
 """Inputs by name."""
-
-_CODES = {
-    "bfloat16": 16,
-    "float8e4m3fn": 17,
-    "float8e4m3fnuz": 18,
-    "float8e5m2": 19,
-    "float8e5m2fnuz": 20,
-    "uint4": 21,
-    "int4": 22,
-    "float4e2m1": 23,
-    "float8e8m0": 24,
-    "uint2": 25,
-    "int2": 26,
-}
-"""``TensorProto.DataType`` of types that numpy has not, by ONNX Runtime's names."""
 
 
 def as_arrays(feed: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,22 +44,18 @@ def run(session: Any, feed: Feed) -> list[Any]:
     names = [entry.name for entry in session.get_inputs()]
     names += [e.name for e in session.get_overridable_initializers() if e.name in feed]
     declared = [*session.get_inputs(), *session.get_outputs()]
-    if not any(_code(entry.type) for entry in declared):
+    if not any(foreign_code(entry.type) for entry in declared):
         return list(session.run(None, {n: feed.get(n) for n in names}, quiet))
     kinds = {entry.name: entry.type for entry in session.get_inputs()}
     given = {n: _held(feed[n], kinds.get(n, "")) for n in names}
     return [_read(value) for value in session.run_with_ort_values(None, given, quiet)]
 
 
-def _code(kind: str) -> int | None:
-    return _CODES.get(kind.removeprefix("tensor(").removesuffix(")"))
-
-
 def _held(array: Any, kind: str) -> Any:
     """A value of ONNX Runtime; numbers of less than a byte are packed, the low one first."""
     from onnxruntime import OrtValue
 
-    code = _code(kind)
+    code = foreign_code(kind)
     if code is None:
         return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
     made = OrtValue.ortvalue_from_shape_and_type(list(array.shape), code)
@@ -82,7 +65,7 @@ def _held(array: Any, kind: str) -> Any:
 
 
 def _read(value: Any) -> Any:
-    code = _code(value.data_type()) if value.is_tensor() else None
+    code = foreign_code(value.data_type()) if value.is_tensor() else None
     if code is None:
         return value.numpy()
     import onnx_ir

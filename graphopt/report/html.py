@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
-from string import Template
 from urllib.parse import quote
 
+from graphopt.report.frame import file_text, filled, framed
 from graphopt.report.graph_data import graph_data
 from graphopt.report.groups import (
     AppliedRule,
@@ -65,12 +62,9 @@ def render_html(report: Report) -> str:
 
     Every name is escaped; the page's policy lets no script run but its own, and loads nothing.
     """
-    script = "\n".join(map(_file, SCRIPTS))
     quantized = quantized_page(report)
-    return Template(_file("page.html")).substitute(
-        policy=_policy(script),
-        title=join(f"{report.model}: graphopt report"),
-        style=_file("page.css"),
+    body = filled(
+        "page.html",
         model=join(report.model),
         verdict=_verdict(report),
         applied_count=str(len(report.applied)),
@@ -83,27 +77,9 @@ def render_html(report: Report) -> str:
         quantized=tag("section", quantized, id="quantization", data_tab=True) if quantized else "",
         details=_details(report),
         data=script_data("graph-data", graph_data(report)),
-        script=script,
     )
-
-
-def _file(name: str) -> str:
-    return resources.files("graphopt.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _policy(script: str) -> str:
-    """The page's own script by its hash; no other, and nothing from anywhere."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src 'sha256-{digest}'",
-            "style-src 'unsafe-inline'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
+    title = f"{report.model}: graphopt report"
+    return framed(title, body, "\n".join(map(file_text, SCRIPTS)))
 
 
 def _quantized_link(quantized: Markup) -> Markup:

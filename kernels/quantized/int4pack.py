@@ -121,21 +121,15 @@ def rows(
     return made.reshape(*indices.shape, width)
 
 
-def product(x: Tensor, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
-    """``x (M, K)``, bfloat16, times the weight: ``(M, N)``."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.contiguous(), tensors["codes"], scheme.group_size, tensors["scales"]
-    )
-
-
-def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x (..., K)`` in any floating dtype, rounded to bfloat16, times the weight: ``(..., N)``."""
-    given = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    given = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    group = x.shape[-1] // scales.shape[0]
     made = torch.ops.aten._weight_int4pack_mm_for_cpu(given, codes, group, scales).to(x.dtype)
     made = made.reshape(*x.shape[:-1], codes.shape[0])
-    return made if bias is None else made + bias.to(x.dtype)
+    return made if bias is None else (made + bias).to(x.dtype)
 
 
-def dequantize(tensors: dict[str, Tensor], scheme: Scheme, width: int) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """The numbers ``(N, K)``, bfloat16: products with unit vectors, whatever order codes are in."""
-    return product(torch.eye(width, dtype=torch.bfloat16), tensors, scheme).t()
+    return linear(torch.eye(codes.shape[1] * 2, dtype=torch.bfloat16), codes, scales).t()

@@ -92,12 +92,11 @@ def _unpacked_takes(case: Case) -> bool:
 
 
 def _int4pack(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
-    made = int4pack.product(x, weight.tensors, weight.scheme)
-    return made if bias is None else made.add_(bias)
+    return int4pack.linear(x, **weight.tensors, bias=bias)
 
 
 def _unpacked(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
-    numbers = int4pack.dequantize(weight.tensors, weight.scheme, weight.shape[1]).to(x.dtype)
+    numbers = int4pack.dequantize(**weight.tensors).to(x.dtype)
     return torch.nn.functional.linear(x, numbers, None if bias is None else bias.to(x.dtype))
 
 
@@ -153,5 +152,5 @@ def input_gradient(grad: Tensor, weight: Weight) -> Tensor:
         if _dequantizes(weight, grad.dtype):
             return gpu.run("input_gradient", grad, weight)
         return definition.input_gradient(grad, weight)
-    numbers = int4pack.dequantize(weight.tensors, weight.scheme, weight.shape[1])
+    numbers = int4pack.dequantize(**weight.tensors)
     return grad @ numbers.to(grad.dtype)

@@ -57,7 +57,7 @@ class _PackedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.settings = x.shape[-1], 4, "int", group_size, symmetric, "int4pack"
-        return int4pack.linear(x, codes, scales, None, group_size)
+        return int4pack.linear(x, codes, scales)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

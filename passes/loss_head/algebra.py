@@ -15,6 +15,7 @@ from graphopt.passes.loss_head.registry import (
     dims_named,
     handles,
     name_of,
+    over_classes,
     over_rows,
 )
 from graphopt.passes.loss_head.totals import Total
@@ -71,16 +72,14 @@ def along_classes(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found
 def reduced(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found | Total:
     """Over the classes in the body; over all rows besides, behind it."""
     dims, main = dims_named(node, given.get("dim")), given["self"]
-    mean, kind = name_of(node) == "mean", _dtype(given)
-    target = aten.mean.dim if mean else aten.sum.dim_IntList
     rows, width = set(t.row_dims(main)), t.width_dim(main)
-    if not rows & dims:
-        refusal = t.only_classes(node, dims)
-        return refusal or t.body(target, t.values[main], [1], True, **kind)
-    if not rows <= dims or (width is not None and width not in dims):
+    behind, mean = bool(rows & dims), name_of(node) == "mean"
+    if behind and (not rows <= dims or (width is not None and width not in dims)):
         return Refusal("it reduces some of the rows", node)
-    column = t.body(target, t.values[main], [1], True, **kind)
-    return over_rows(t, column, main, mean=mean)
+    if not behind and (refusal := t.only_classes(node, dims)):
+        return refusal
+    column = over_classes(t, t.values[main], mean=mean, dtype=given.get("dtype"))
+    return over_rows(t, column, main, mean=mean) if behind else column
 
 
 @handles(
@@ -110,10 +109,6 @@ def ranked(t: Translation, node: fx.Node, given: dict[str, Any]) -> Found:
     if refusal := t.only_classes(node, dims_named(node, given["dim"])):
         return refusal
     return called(t, node, {**given, "self": t.values[given["self"]], "dim": 1})
-
-
-def _dtype(given: dict[str, Any]) -> dict[str, Any]:
-    return {"dtype": given["dtype"]} if given.get("dtype") is not None else {}
 
 
 @handles("gather", sums_up=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from graphopt.passes.loss_head.registry import Found, called, handles, over_rows
+from graphopt.passes.loss_head.registry import Found, called, handles, over_classes, over_rows
 from graphopt.passes.loss_head.totals import Term, Total
 from graphopt.program import val
 from graphopt.rewrite import Builder, Refusal
@@ -118,6 +118,5 @@ def elementwise_loss(t: Translation, node: fx.Node, given: dict[str, Any]) -> Fo
     each = called(t, node, values)
     if given["reduction"] == 0:
         return each
-    target = aten.mean.dim if given["reduction"] == 1 else aten.sum.dim_IntList
-    column = t.body(target, each, [1], True)
-    return over_rows(t, column, at, mean=given["reduction"] == 1)
+    mean = given["reduction"] == 1
+    return over_rows(t, over_classes(t, each, mean=mean), at, mean=mean)

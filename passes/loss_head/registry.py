@@ -59,6 +59,14 @@ def called(t: Translation, node: fx.Node, given: dict[str, Any]) -> fx.Node:
     return t.body(node.target, *args, **{k: v for k, v in given.items() if k in keywords})
 
 
+def over_classes(
+    t: Translation, matrix: fx.Node, *, mean: bool, dtype: torch.dtype | None = None
+) -> fx.Node:
+    """The sum, or the mean, of each row of a body's matrix, as a column."""
+    target = torch.ops.aten.mean.dim if mean else torch.ops.aten.sum.dim_IntList
+    return t.body(target, matrix, [1], True, **({} if dtype is None else {"dtype": dtype}))
+
+
 def over_rows(t: Translation, column: fx.Node, main: fx.Node, *, mean: bool) -> Total:
     """The sum, or the mean, of a column over the rows that ``main`` holds."""
     rows = t.rows_of(main)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from graphopt.kernels.quantized.scheme import Scheme
 from graphopt.kernels.quantized.split import Beside
-from graphopt.passes.quantize.budget import check_budget
 from graphopt.passes.quantize.factors import ScaleBeforeQuantizing
-from graphopt.passes.quantize.importance import checked as checked_importance
 from graphopt.passes.quantize.layers import Kind, Layers, checked
-from graphopt.passes.quantize.methods import Methods, learning_refusal, methods
+from graphopt.passes.quantize.methods import Methods, methods
 from graphopt.passes.quantize.names import Scope, Skip
+from graphopt.passes.quantize.options import check_options
 from graphopt.passes.quantize.plan import Settings
 from graphopt.passes.quantize.products import SpellProducts
 from graphopt.passes.quantize.rotation import rotating
@@ -27,7 +25,6 @@ from graphopt.rewrite.passes import Settled, Trials
 
 __all__ = ["QuantizeMatmul"]
 
-RANGES = ("mse", "minmax", "percentile")
 SHARE, RANK = 0.01, 8
 """Defaults of `QuantizeMatmul.outliers` and `QuantizeMatmul.rank`."""
 
@@ -142,81 +139,11 @@ class QuantizeMatmul(Pass):
     ranges: str | float = "mse"
 
     def __post_init__(self) -> None:
-        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
-            raise ValueError(f"tolerance is a positive number, not {self.tolerance!r}")
-        if isinstance(self.bits, Sequence):
-            object.__setattr__(self, "bits", tuple(self.bits))
-        check_budget(self)
-        patterns = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise ValueError(f"skip is a sequence of patterns of names, not {self.skip!r:.80}")
-        object.__setattr__(self, "skip", patterns)
-        scheme = self.scheme  # whether its fields go together
-        if self.activations == "static" and scheme.dtype != "int":
-            instead = "'dynamic'" if scheme.dtype == "fp8" else None
-            raise ValueError(
-                f"{self.dtype} weights have no static activations: give dtype='int', or "
-                f"activations={instead}"
-            )
-        if self.activations and scheme.dtype not in ("int", "fp8"):
-            raise ValueError(
-                f"{self.dtype} weights have no quantized activations: give activations=None "
-                "(null in a recipe), or dtype='int' or 'fp8'"
-            )
-        if self.steps is not None and (self.steps < 1 or not self._methods.by_blocks):
-            raise ValueError(
-                "steps are those of methods learned, adaround, flexround and norms, and there is "
-                "at least one"
-            )
-        if (refusal := learning_refusal(self._methods, scheme)) is not None:
-            raise ValueError(refusal)
-        if self._methods.rounding == "hqq" and self.symmetric:
-            raise ValueError("method hqq optimises zero points: give symmetric=False, dtype='int'")
-
-        self._check_beside()
-        self._check_importance()
-        object.__setattr__(self, "layers", checked(self.layers))
-        self._check_ranges()
-        for one in self.each:
-            one.formats.kinds  # noqa: B018 - whether fields of layers go together
-
-    def _check_ranges(self) -> None:
-        """``layers`` may ask for static activations, and are checked by themselves."""
-        if isinstance(self.ranges, str):
-            if self.ranges not in RANGES:
-                raise ValueError(f"ranges={self.ranges!r} is not one of {', '.join(RANGES)}")
-        elif not 50 <= self.ranges <= 100:
-            raise ValueError(f"ranges={self.ranges!r} is no percentile between 50 and 100")
-        fields = (each for each in self.layers.values() if isinstance(each, Mapping))
-        asked = self.activations == "static" or any(
-            each.get("activations") == "static" for each in fields
-        )
-        if self.ranges != "mse" and not asked:
-            raise ValueError("ranges are those of activations='static'")
-
-    def _check_beside(self) -> None:
-        """Options of methods that are not asked for are mistakes."""
-        kinds, share = self._methods.beside, self.outliers
-        if "outliers" not in kinds and (share is not None or self.outlier_kind != "columns"):
-            raise ValueError("outliers and outlier_kind are options of method='outliers'")
-        if share is not None and (share < 0 or (share >= 1 and share != round(share))):
-            raise ValueError(f"outliers={share} is no share below 1, nor a count")
-        if "lowrank" not in kinds and self.rank is not None:
-            raise ValueError("rank is an option of method='lowrank'")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank} is not 1 or more")
-
-    def _check_importance(self) -> None:
-        """It weighs second moments, which not every method looks at."""
-        if self.importance is None:
-            return
-        checked_importance(self.importance)
-        if not self._methods.weighs:
-            raise ValueError(
-                "importance weighs rows for methods gptq, awq, outliers, lowrank and those that "
-                "learn from blocks (learned, adaround, flexround, norms): "
-                f"method={self.method!r} has none of them"
-            )
+        bits = tuple(self.bits) if isinstance(self.bits, Sequence) else self.bits
+        skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
+        for name, value in {"bits": bits, "skip": skip, "layers": checked(self.layers)}.items():
+            object.__setattr__(self, name, value)
+        check_options(self)
 
     @property
     def _methods(self) -> Methods:

@@ -17,6 +17,7 @@ from graphopt.emit.onnx_quantized.form import Form, Product
 from graphopt.kernels.quantized import QuantizedWeight
 from graphopt.kernels.quantized.definition import embedding, weight_only
 from graphopt.kernels.quantized.static import quantized
+from graphopt.onnx_types import code_of
 
 EXACT = 2e-5
 """Relative RMS error allowed of forms that leave activations as they are."""
@@ -144,7 +145,6 @@ def alone(form: Form, call: Call, rank: int, dtype: torch.dtype, opset: int) -> 
     """An ONNX Runtime session of a model that is this one operator."""
     import onnx_ir
 
-    from graphopt.emit.onnx_quantized.emitter import code_of
     from graphopt.emit.onnx_runtime import open_session
 
     last = [] if call.embedding else [call.weight.width]

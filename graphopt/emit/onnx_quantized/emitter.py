@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.onnx_types import code_of
+
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
@@ -60,30 +62,10 @@ def _initializer(name: str, tensor: Tensor, kind: str, shape: tuple[int, ...]) -
     from onnx import TensorProto
 
     found = TensorProto(name=name, dims=shape)
-    found.data_type = getattr(TensorProto, kind or _KINDS[tensor.dtype])
+    found.data_type = getattr(TensorProto, kind) if kind else code_of(tensor.dtype)
     plain = tensor.detach().contiguous().reshape(-1)
     found.raw_data = plain.view(torch.uint8).numpy().tobytes()
     held = onnx_ir.serde.deserialize_tensor(found)
     return onnx_ir.Value(
         name=name, shape=held.shape, type=onnx_ir.TensorType(held.dtype), const_value=held
     )
-
-
-_KINDS = {
-    torch.float32: "FLOAT",
-    torch.float16: "FLOAT16",
-    torch.uint8: "UINT8",
-    torch.int8: "INT8",
-    torch.int32: "INT32",
-    torch.int64: "INT64",
-    torch.float8_e4m3fn: "FLOAT8E4M3FN",
-}
-
-
-def code_of(dtype: torch.dtype) -> int:
-    """ONNX's number for a dtype."""
-    from onnx import TensorProto
-
-    names = {**_KINDS, torch.bfloat16: "BFLOAT16", torch.float64: "DOUBLE"}
-    found: int = getattr(TensorProto, names[dtype])
-    return found

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from graphopt.emit.onnx_quantized.choosing import Choice
-from graphopt.emit.onnx_quantized.emitter import MICROSOFT, Emitter, code_of
+from graphopt.emit.onnx_quantized.emitter import MICROSOFT, Emitter
 from graphopt.emit.onnx_quantized.form import Product
 from graphopt.emit.onnx_quantized.slots import DOMAIN
+from graphopt.onnx_types import code_of
 
 
 class _Site(NamedTuple):

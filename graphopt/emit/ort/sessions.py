@@ -22,30 +22,7 @@ from torch import Tensor
 from graphopt.emit.ort.models import RegionModel
 from graphopt.emit.ort.providers import CPU, CUDA, ON_CUDA
 from graphopt.errors import ExportError
-
-NUMPY = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.uint8: "uint8",
-    torch.uint16: "uint16",
-    torch.uint32: "uint32",
-    torch.uint64: "uint64",
-    torch.bool: "bool",
-}
-CODES = {
-    torch.bfloat16: 16,
-    torch.float8_e4m3fn: 17,
-    torch.float8_e4m3fnuz: 18,
-    torch.float8_e5m2: 19,
-    torch.float8_e5m2fnuz: 20,
-    torch.float8_e8m0fnu: 24,
-}
-"""ONNX's numbers for dtypes that numpy has not."""
+from graphopt.onnx_types import code_of, numpy_name
 
 
 @dataclass(frozen=True)
@@ -107,10 +84,11 @@ def value_of(tensor: Tensor) -> Any:
     plain = tensor.detach()
     if plain.device.type != "cpu":
         return OrtValue.from_dlpack(plain)
-    if plain.dtype in NUMPY:
+    if numpy_name(plain.dtype):
         return OrtValue.ortvalue_from_numpy(plain.numpy())
     bits = torch.uint8 if plain.element_size() == 1 else torch.uint16
-    return OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(bits).numpy(), CODES[plain.dtype])
+    code = code_of(plain.dtype)
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(bits).numpy(), code)
 
 
 def element_type(dtype: torch.dtype) -> Any:
@@ -121,7 +99,8 @@ def element_type(dtype: torch.dtype) -> Any:
     """
     import numpy as np
 
-    return np.dtype(NUMPY[dtype]).type if dtype in NUMPY else CODES[dtype]
+    name = numpy_name(dtype)
+    return np.dtype(name).type if name else code_of(dtype)
 
 
 def _options(weights: Mapping[str, Any], read: Mapping[str, Any], settings: Settings) -> Any:
