@@ -46,7 +46,7 @@ class FuseOperators(OnnxPass):
         if version < OLDEST:
             reason = f"operator set {version} is older than {OLDEST}"
             return Outcome(missed=[self.missed("fuse operators", reason)])
-        _prepare(model)
+        prepare(model)
         original = model.clone()
         outcome = self._fused(model, original, lambda _node: False)
         denied = {n for c in outcome.changes if not allowed(c.key) for n in c.removed}
@@ -102,7 +102,7 @@ class SplitNormsOfSums(OnnxPass):
         return Outcome([change], model=apart.model)
 
 
-def _prepare(model: Any) -> None:
+def prepare(model: Any) -> None:
     """Functions inlined, and types and shapes of all values, of those too that are hidden later."""
     from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
