@@ -11,8 +11,9 @@ from graphopt.onnx_files.random_nodes import STANDARD
 
 Entry = int | tuple[str, str | int]
 """A number, or what it is equal to: a named axis, an axis of a value, or an element of a value."""
-_LARGEST = 64
-"""Elements of constants that are looked at."""
+_SIZES, _MASKS = 64, 1 << 20
+"""Elements of constants that are looked at: of sizes and numbers, and of what may be all the same.
+"""
 _COPIES = frozenset({"Identity", "Cast", "Squeeze", "Unsqueeze"})
 _UNARY: dict[str, Callable[[float], float]] = {
     "Sqrt": math.sqrt,
@@ -31,14 +32,14 @@ def is_standard(node: Any, *operators: str) -> bool:
     return node is not None and node.domain in STANDARD and node.op_type in operators
 
 
-def constant(value: Any) -> Any:
+def constant(value: Any, largest: int = _SIZES) -> Any:
     """The array of a small constant that callers cannot override; None for anything else."""
     import onnx_ir
 
     if value is None or value.is_graph_input():
         return None
     tensor = onnx_ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size > _LARGEST or tensor.dtype == onnx_ir.DataType.STRING:
+    if tensor is None or tensor.size > largest or tensor.dtype == onnx_ir.DataType.STRING:
         return None
     return tensor.numpy()
 
@@ -176,3 +177,29 @@ def _computed(kind: str, given: Sequence[float | None]) -> float | None:
         return float(found)
     except (ArithmeticError, ValueError, TypeError):
         return None
+
+
+def uniform(value: Any, left: int = 12) -> float | None:
+    """The number that all elements of a value are, whatever its shape; None where that is open.
+
+    Truth values are 0 and 1.
+    """
+    held = constant(value, _MASKS)
+    if held is not None:
+        same = held.size > 0 and held.dtype.kind in "biuf" and (held == held.flat[0]).all()
+        return float(held.flat[0]) if same else None
+    node = value.producer()
+    if left == 0 or node is None:
+        return None
+    if is_standard(node, "ConstantOfShape"):
+        given = node.attributes.get("value")
+        return 0.0 if given is None else float(given.as_tensor().numpy().flat[0])
+    if is_standard(node, "Where"):
+        chosen = uniform(node.inputs[0], left - 1)
+        return None if chosen is None else uniform(node.inputs[1 if chosen else 2], left - 1)
+    if is_standard(node, "And"):
+        given = [uniform(v, left - 1) for v in node.inputs]
+        return None if None in given else float(all(given))
+    if is_standard(node, *_COPIES, "Expand", "Reshape", "Transpose", "Slice"):
+        return uniform(node.inputs[0], left - 1)
+    return None

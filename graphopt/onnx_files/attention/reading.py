@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.onnx_files.attention.heads import Operand, key_of, perm_of, query_of, value_of
-from graphopt.onnx_files.numbers import is_standard, number
+from graphopt.onnx_files.numbers import is_standard, number, uniform
 from graphopt.onnx_files.random_nodes import is_random
 
 ABSORBING = -1e9
@@ -204,7 +204,8 @@ def _scores(softmax: Any) -> _Scores | Missed | None:
             return Missed("its scores are read elsewhere too", softmax)
         if is_standard(node, "MatMul"):
             found.product = node
-            found.masks.reverse()
+            kept = [m for m in reversed(found.masks) if not _is_nothing(m)]
+            found.masks = kept
             return found
         if _is_copy(node):
             value = node.inputs[0]
@@ -214,6 +215,14 @@ def _scores(softmax: Any) -> _Scores | Missed | None:
             return step
         value = step
     return None
+
+
+def _is_nothing(mask: Mask) -> bool:
+    """Whether it adds zero everywhere, or hides nothing."""
+    found = uniform(mask.value)
+    if mask.fill is None:
+        return found == 0
+    return found is not None and bool(found) is not mask.when
 
 
 def _leads(value: Any, left: int = _FARTHEST) -> bool:
