@@ -160,12 +160,9 @@ def _number(value: Any) -> float | None:
         return found
     if is_standard(node, *_UNARY, *_BINARY):
         return _computed(node.op_type, [number(v) for v in node.inputs])
-    known = entries(value)
-    return float(known[0]) if known is not None and _is_number(known) else None
-
-
-def _is_number(known: Sequence[Entry]) -> bool:
-    return len(known) == 1 and isinstance(known[0], int)
+    known = entries(value) or []
+    single = known[0] if len(known) == 1 else None
+    return float(single) if isinstance(single, int) else None
 
 
 def _computed(kind: str, given: Sequence[float | None]) -> float | None:

@@ -100,9 +100,7 @@ def key_of(value: Any, rank: int) -> Operand | None:
     perm = perm_of(plain)
     if perm == (0, 2, 3, 1):
         return Operand(source(plain), TOKENS, factor=factor)
-    if perm == (0, 1, 3, 2):
-        found = query_of(source(plain), rank)
-    elif perm == (0, 2, 1) and rank == 3:
+    if perm == ((0, 1, 3, 2) if rank == 4 else (0, 2, 1)):
         found = query_of(source(plain), rank)
     elif (whole := _flattened(plain)) is not None:
         found = query_of(whole, rank)

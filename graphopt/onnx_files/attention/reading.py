@@ -72,8 +72,10 @@ def read(softmax: Any) -> Found | Missed | None:
     if scores is None:
         return None
     after = _weighing(softmax)
-    if isinstance(scores, Missed) or isinstance(after, Missed) or after is None:
-        return after if after is None or isinstance(after, Missed) else scores
+    if after is None or isinstance(after, Missed):
+        return after
+    if isinstance(scores, Missed):
+        return scores
     product, safe = after
     if refusal := _misfit(softmax, scores):
         return refusal
@@ -88,7 +90,9 @@ def _joined(scores: _Scores, product: Any, softmax: Any, *, safe: bool) -> Found
     query, key = query_of(left, rank), key_of(right, rank)
     value = value_of(product.inputs[1], rank)
     if key is None:
-        return Missed("its key is not transposed, or is scaled by more than a known number", scores.product)
+        return Missed(
+            "its key is not transposed, or is scaled by more than a known number", scores.product
+        )
     scale = scores.scale * query.factor * key.factor
     if not math.isfinite(scale) or scale == 0:
         return Missed(f"its scores are multiplied by {scale:g}", scores.product)
@@ -113,7 +117,7 @@ def _apart(found: Found, softmax: Any) -> Missed | None:
             what = "batch" if letter == "B" else "tokens"
             return Missed(f"{what} of the {name} are {a}, those of the other {b}", softmax)
         named = isinstance(a, tuple) and isinstance(b, tuple) and not a[0] and not b[0]
-        if letter == "B" and (named and a != b or 1 in (a, b) and a != b):
+        if letter == "B" and a != b and (named or 1 in (a, b)):
             return Missed("query, key and value differ in batch, or may", softmax)
     return None
 

@@ -45,8 +45,7 @@ class Writer:
         """ONNX's ``Attention`` on four axes, as the same on three; the nodes that were made."""
         self.emit.nodes = []
         joined = [self._joined(o) for o in operands]
-        heads = {"q_num_heads": operands[0].heads, "kv_num_heads": operands[1].heads}
-        made = self.emit("Attention", *joined, *node.inputs[3:], **heads)
+        made = self._standard(joined, node.inputs[3:], operands[0].heads, operands[1].heads)
         self.emit.nodes[-1].attributes.update(node.attributes)
         return self._put(node, self._apart(made, operands[0], operands[2]), turned=True)
 
@@ -56,8 +55,8 @@ class Writer:
         if self.standard and not found.masks and found.query.order != "NSD":
             if all(o.order == TOKENS for o in (query, key, value)):
                 given = [self._joined(o) for o in (query, key, value)]
-                heads = {"q_num_heads": query.heads, "kv_num_heads": query.heads}
-                made = self.emit("Attention", *given, scale=found.scale, **heads)
+                made = self._standard(given, (), query.heads, query.heads)
+                self.emit.nodes[-1].attributes.update(_scale(found.scale))
                 return self._apart(made, query, value), True
             given = [self._with_heads_first(o) for o in (query, key, value)]
             return self.emit("Attention", *given, scale=found.scale), False
@@ -66,11 +65,15 @@ class Writer:
         if query.order == "NSD":
             given = [query.value, key.value, value.value]
             return self.emit.own("MultiHeadAttention", *given, **options), False
-        tokens = key.order == value.order == TOKENS
-        pair = [self._joined(o) if tokens else self._with_heads_first(o) for o in (key, value)]
+        joined = key.order == value.order == TOKENS or key.size("D") != value.size("D")
+        pair = [self._joined(o) if joined else self._with_heads_first(o) for o in (key, value)]
         bias = (None, None, self._bias(found)) if found.masks else ()
         made = self.emit.own("MultiHeadAttention", self._joined(query), *pair, *bias, **options)
         return self._apart(made, query, value), True
+
+    def _standard(self, given: Any, mask: Any, heads: Any, groups: Any) -> Any:
+        """ONNX's attention on three axes."""
+        return self.emit("Attention", *given, *mask, q_num_heads=heads, kv_num_heads=groups)
 
     def _apart(self, made: Any, query: Operand, value: Operand) -> Any:
         """``(B, S, H * D)`` as ``(B, S, H, D)``."""
@@ -121,9 +124,9 @@ class Writer:
         """The masks as ``(1 or B, 1 or H, S, T)``: the last two axes are not broadcast."""
         total = self._total(found.masks)
         rows, columns = found.query.size("S"), found.key.size("S")
-        if total.shape is not None and len(total.shape) == 4:
-            if (size(total, 2), size(total, 3)) == (rows, columns):
-                return total
+        ranked = total.shape is not None and len(total.shape) == 4
+        if ranked and (size(total, 2), size(total, 3)) == (rows, columns):
+            return total
         key = ("bias", id(total), rows, columns)
         if key not in self.made:
             one = self.emit.numbers(1)
@@ -200,6 +203,12 @@ class Writer:
             while value.name in self.graph.initializers:
                 value.name = f"{value.name}.own"
             self.graph.register_initializer(value)
+
+
+def _scale(scale: float) -> dict[str, Any]:
+    import onnx_ir
+
+    return {"scale": onnx_ir.AttrFloat32("scale", scale)}
 
 
 def _equal(held: Any, value: Any) -> bool:
