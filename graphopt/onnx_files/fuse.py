@@ -15,8 +15,10 @@ from graphopt.onnx_files.fold import unfolded
 from graphopt.onnx_files.guard import guarded, silent
 from graphopt.onnx_files.steps import Allowed, Change, OnnxPass, Outcome, Surroundings, label
 
-SPARE = 1024
-"""Bytes by which constants may grow: fused operators have some of their own."""
+SPARE, SHARE = 1024, 1e-3
+"""Bytes by which constants may grow, or this share of all, where that is more: fused operators have
+some of their own, such as the joined biases of query, key and value, of which each may be shared.
+"""
 OLDEST = 7
 """Operator sets before this one have other broadcasting; the rewriter does not know it."""
 _SIMPLIFY = "simplify"
@@ -46,7 +48,7 @@ class FuseOperators(OnnxPass):
         if version < OLDEST:
             reason = f"operator set {version} is older than {OLDEST}"
             return Outcome(missed=[self.missed("fuse operators", reason)])
-        _prepare(model)
+        prepare(model)
         original = model.clone()
         outcome = self._fused(model, original, lambda _node: False)
         denied = {n for c in outcome.changes if not allowed(c.key) for n in c.removed}
@@ -75,7 +77,8 @@ class FuseOperators(OnnxPass):
         kinds = {kind for kind in made if kind[1] not in _PLAIN}
         if not kinds and node_count(model) >= node_count(original):
             return Outcome()
-        if (grown := stored_bytes(model) - stored_bytes(original)) > SPARE:
+        before = stored_bytes(original)
+        if (grown := stored_bytes(model) - before) > max(SPARE, SHARE * before):
             reason = f"constants would grow by {grown} bytes"
             return Outcome(missed=[self.missed("fuse operators", reason)])
         return Outcome(list(_changes(original, model, kinds)))
@@ -102,7 +105,7 @@ class SplitNormsOfSums(OnnxPass):
         return Outcome([change], model=apart.model)
 
 
-def _prepare(model: Any) -> None:
+def prepare(model: Any) -> None:
     """Functions inlined, and types and shapes of all values, of those too that are hidden later."""
     from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 

@@ -290,6 +290,8 @@ def _applied(
         )
     elif made.bound:
         made = replace(made, notes=(*made.notes, _AT_OUTPUTS))
+    if change.assumes:
+        made = replace(made, notes=(change.assumes, *made.notes))
     return Applied(step.name, change.rule, change.removed, change.added, None, made, speedup)
 
 

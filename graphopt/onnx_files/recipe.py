@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import RecipeError
+from graphopt.onnx_files.attention import FuseAttention
 from graphopt.onnx_files.fold import FoldConstants
 from graphopt.onnx_files.fuse import FuseOperators, SplitNormsOfSums
 from graphopt.onnx_files.merge import MergeInitializers
@@ -22,15 +23,15 @@ OWN: Mapping[str, type[OnnxPass]] = {
     kind.__name__: kind
     for kind in (
         *(RemoveUnused, RemoveIdentities, FoldConstants, EliminateCommonSubexpressions),
-        *(MergeInitializers, FuseOperators, SplitNormsOfSums),
+        *(MergeInitializers, FuseAttention, FuseOperators, SplitNormsOfSums),
     )
 }
 """Passes that rewrite ONNX files; each is without options."""
 
 EXACT = (
     *("RemoveUnused", "RemoveIdentities", "FoldConstants", "EliminateCommonSubexpressions"),
-    *("MergeInitializers", "FuseOperators", "SplitNormsOfSums", "MergeInitializers"),
-    "RemoveUnused",
+    *("MergeInitializers", "FuseAttention", "FuseOperators", "SplitNormsOfSums"),
+    *("MergeInitializers", "RemoveUnused"),
 )
 """Preset ``exact``."""
 

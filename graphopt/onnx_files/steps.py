@@ -26,6 +26,8 @@ class Change:
         bitwise: whether it cannot change a bit.
         error, bound: relative RMS error of what it computes on what it reads, where that was
             measured by itself, and what is allowed of it.
+        assumes: what holds where the rewrite computes the same, in a sentence; empty where it does
+            everywhere.
     """
 
     key: str
@@ -35,6 +37,7 @@ class Change:
     bitwise: bool = False
     error: float | None = None
     bound: float = 0.0
+    assumes: str = ""
 
 
 @dataclass
