@@ -303,9 +303,9 @@ def _write_beside(
         plan.tokenizer.save_pretrained(folder)
     if plan.origin is not None:
         _copy_sentence_modules(plan.origin, folder)
-    if generates and not (folder / "generation_config.json").exists():
-        model.generation_config.save_pretrained(folder)
     if generates:
+        if not (folder / "generation_config.json").exists():
+            model.generation_config.save_pretrained(folder)
         _use_cache(folder / "generation_config.json")
     if plan.decoder is not None:
         made = genai_config(model, plan.decoder, inputs)

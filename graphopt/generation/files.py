@@ -79,7 +79,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread of torch for this one; those of before come back with the last that leaves."""
+    """One thread of torch, and their number again; calls beside each other share the first's."""
     with _lock:
         _inside.append(_inside[0] if _inside else torch.get_num_threads())
         torch.set_num_threads(1)

@@ -32,13 +32,23 @@ def is_standard(node: Any, *operators: str) -> bool:
     return node is not None and node.domain in STANDARD and node.op_type in operators
 
 
-def constant(value: Any, largest: int = _SIZES) -> Any:
-    """The array of a small constant that callers cannot override; None for anything else."""
+def held_tensor(value: Any) -> Any:
+    """The tensor of an initializer that nobody overrides, or of ``Constant``; None for others."""
     import onnx_ir
 
-    if value is None or value.is_graph_input():
-        return None
-    tensor = onnx_ir.convenience.get_const_tensor(value)
+    node = value.producer()
+    if node is None:
+        fixed = value.is_initializer() and not value.is_graph_input()
+        return value.const_value if fixed else None
+    is_constant = is_standard(node, "Constant")
+    return onnx_ir.convenience.get_const_tensor(value) if is_constant else None
+
+
+def constant(value: Any, largest: int = _SIZES) -> Any:
+    """The array of a small tensor that is `held_tensor`; None for anything else."""
+    import onnx_ir
+
+    tensor = None if value is None else held_tensor(value)
     if tensor is None or tensor.size > largest or tensor.dtype == onnx_ir.DataType.STRING:
         return None
     return tensor.numpy()
@@ -92,17 +102,17 @@ def width(value: Any, left: int = 8) -> int | None:
 
 def entries(value: Any) -> list[Entry] | None:
     """The elements of a vector of sizes, or of a single one; None where their number is unknown."""
-    held = constant(value)
-    if held is not None:
-        return [int(n) for n in held.reshape(-1)] if held.dtype.kind in "iu" else None
+    found = constant(value)
+    if found is not None:
+        return [int(n) for n in found.reshape(-1)] if found.dtype.kind in "iu" else None
     node = value.producer()
     if is_standard(node, "Shape"):
         return _shape(node)
     if is_standard(node, "Concat"):
         parts = [entries(v) for v in node.inputs]
         return None if None in parts else [e for part in parts if part for e in part]
-    if is_standard(node, "Gather", "Slice") and (found := _picked(node)) is not None:
-        return found
+    if is_standard(node, "Gather", "Slice") and (picked := _picked(node)) is not None:
+        return picked
     if is_standard(node, *_COPIES):
         return entries(node.inputs[0])
     if is_standard(node, *_UNARY, *_BINARY) and (single := number(value)) is not None:
@@ -152,12 +162,12 @@ def number(value: Any) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    held = constant(value)
-    if held is not None:
-        return float(held.reshape(-1)[0]) if held.size == 1 else None
+    found = constant(value)
+    if found is not None:
+        return float(found.reshape(-1)[0]) if found.size == 1 else None
     node = value.producer()
-    if is_standard(node, *_COPIES) and (found := number(node.inputs[0])) is not None:
-        return found
+    if is_standard(node, *_COPIES) and (copied := number(node.inputs[0])) is not None:
+        return copied
     if is_standard(node, *_UNARY, *_BINARY):
         return _computed(node.op_type, [number(v) for v in node.inputs])
     known = entries(value) or []
@@ -181,10 +191,10 @@ def uniform(value: Any, left: int = 12) -> float | None:
 
     Truth values are 0 and 1.
     """
-    held = constant(value, _MASKS)
-    if held is not None:
-        same = held.size > 0 and held.dtype.kind in "biuf" and (held == held.flat[0]).all()
-        return float(held.flat[0]) if same else None
+    found = constant(value, _MASKS)
+    if found is not None:
+        same = found.size > 0 and found.dtype.kind in "biuf" and (found == found.flat[0]).all()
+        return float(found.flat[0]) if same else None
     node = value.producer()
     if left == 0 or node is None:
         return None

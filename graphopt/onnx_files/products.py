@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.onnx_files.numbers import held_tensor, is_standard
 from graphopt.onnx_files.random_nodes import STANDARD
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
@@ -62,19 +63,9 @@ class Product:
 
     def matrix(self) -> Tensor:
         """W, float32 ``(N, K)``."""
-        array = constant(self.source).numpy().astype(np.float32)
+        array = held_tensor(self.source).numpy().astype(np.float32)
         array = array.T if self.turned else array
         return torch.from_numpy(np.ascontiguousarray(array)) * self.scale
-
-
-def constant(value: Any) -> Any:
-    """The tensor of an initializer that nobody overrides, or of ``Constant``; None for others."""
-    node = value.producer()
-    if node is None:
-        fixed = value.is_initializer() and not value.is_graph_input()
-        return value.const_value if fixed else None
-    given = node.attributes.get("value") if node.op_type == "Constant" else None
-    return None if given is None or node.domain or given.is_ref() else given.as_tensor()
 
 
 def products(model: Any) -> Iterator[Product]:
@@ -99,21 +90,23 @@ def _product(node: Any, *, stored: bool, **more: Any) -> Iterator[Product]:
     value = node.inputs[1]
     turning = value.producer()
     via = None
-    if turning is not None and _is_transposition(turning):
+    if _is_transposition(turning):
         via, value, stored = turning, turning.inputs[0], not stored
-    tensor = constant(value)
+    tensor = held_tensor(value)
     if tensor is not None and len(tensor.shape) == 2 and value is not node.inputs[0]:
         yield Product(node, value, stored, via, **more)
 
 
 def _is_transposition(node: Any) -> bool:
-    plain = node.op_type == "Transpose" and node.domain in STANDARD
-    return plain and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    return is_standard(node, "Transpose") and list(node.attributes.get_ints("perm", [1, 0])) == [
+        1,
+        0,
+    ]
 
 
 def refusal(product: Product, every: list[Product]) -> str:
     """Why a weight stays as it is, whatever is asked for; empty where it need not."""
-    tensor = constant(product.source)
+    tensor = held_tensor(product.source)
     if tensor.dtype.name not in FLOATS:
         return f"its weight is {tensor.dtype.name.lower()}"
     mine = [p for p in every if p.source is product.source]
@@ -144,7 +137,7 @@ def is_head(product: Product) -> bool:
         for use in value.uses():
             node = use.node
             adds = node.op_type == "Add" and not node.domain and not biased
-            if adds and all(v is value or constant(v) is not None for v in node.inputs):
+            if adds and all(v is value or held_tensor(v) is not None for v in node.inputs):
                 stack.append((node.outputs[0], True))
             elif node.op_type in _VIEWS and not node.domain and use.idx == 0:
                 stack += [(v, biased) for v in node.outputs]
@@ -159,7 +152,7 @@ def others(model: Any, found: list[Product]) -> Iterator[tuple[Any, str, str]]:
         if node.op_type not in _READERS or id(node) in known:
             continue
         for index, value in enumerate(node.inputs):
-            tensor = None if value is None else constant(value)
+            tensor = None if value is None else held_tensor(value)
             if tensor is not None and len(tensor.shape) >= 2 and tensor.dtype.name in FLOATS:
                 yield node, str(value.name), _reason(node, index, tensor, id(node) in main)
 

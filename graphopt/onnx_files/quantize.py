@@ -23,7 +23,8 @@ from graphopt.emit.onnx_quantized.slots import DOMAIN
 from graphopt.errors import ExportError, GraphoptError, RecipeError
 from graphopt.kernels.quantized import QuantizedWeight
 from graphopt.onnx_files.document import tensor_bytes
-from graphopt.onnx_files.products import Product, constant, is_head, others, products, refusal
+from graphopt.onnx_files.numbers import held_tensor
+from graphopt.onnx_files.products import Product, is_head, others, products, refusal
 from graphopt.onnx_files.recording import recorded
 from graphopt.onnx_files.steps import Allowed, Change, OnnxPass, Outcome, Surroundings, label
 from graphopt.onnx_files.unused import remove_unused
@@ -163,7 +164,7 @@ class OnnxQuantizeMatmul(OnnxPass):
         except ValueError as error:
             return str(error)
         weight = rounded(matrix, scheme, self.step.settings.methods, self._moment(given))
-        held = constant(product.source)
+        held = held_tensor(product.source)
         saved = tensor_bytes(held) - sum(t.nbytes for t in weight.tensors.values())
         if saved < NODES:
             return f"few bits save {saved} bytes, less than the nodes around it take"
@@ -323,7 +324,7 @@ def _bias(model: Any, product: Product, emit: Emitter) -> Any:
 
     if product.share == 1:
         return product.bias
-    name, dtype = f"{product.bias.name}.share", constant(product.source).dtype
+    name, dtype = f"{product.bias.name}.share", held_tensor(product.source).dtype
     if name not in model.graph.initializers:
         import numpy as np
 

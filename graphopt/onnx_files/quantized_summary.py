@@ -9,8 +9,8 @@ import torch
 
 from graphopt.onnx_files.document import stored_bytes
 from graphopt.onnx_files.examine import Examiner
+from graphopt.onnx_files.numbers import held_tensor
 from graphopt.onnx_files.pipeline import Result
-from graphopt.onnx_files.products import constant
 from graphopt.onnx_files.values import as_tensor
 from graphopt.report.quantized import FloatWeight, OutputFidelity, Quantization
 
@@ -33,7 +33,7 @@ def _floats(result: Result) -> Iterator[FloatWeight]:
     for row in result.missed:
         for name in row.weights:
             value = values.pop(name, None)
-            tensor = None if value is None else constant(value)
+            tensor = None if value is None else held_tensor(value)
             if tensor is not None:
                 shape, kind = tuple(map(int, tensor.shape)), tensor.dtype.name.lower()
                 size = int(tensor.nbytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.onnx_files.document import names_inside
-from graphopt.onnx_files.random_nodes import STANDARD
+from graphopt.onnx_files.numbers import is_standard
 from graphopt.onnx_files.steps import Allowed, Change, OnnxPass, Outcome, Surroundings, label
 
 
@@ -91,7 +91,7 @@ class RemoveIdentities(OnnxPass):
     def apply(self, model: Any, around: Surroundings, allowed: Allowed) -> Outcome:  # noqa: ARG002
         inner = names_inside(model)
         changes = []
-        for node in [n for n in model.graph if n.op_type == "Identity" and n.domain in STANDARD]:
+        for node in [n for n in model.graph if is_standard(n, "Identity")]:
             given, made = node.inputs[0], node.outputs[0]
             hidden = given is None or given.name in inner or made.is_graph_output()
             if hidden or not allowed(str(made.name)):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from ort_modules import DYNAMIC, compiled, in_regions
 from torch import Tensor, nn
-from torch.export import Dim
 
 import graphopt
 from graphopt.emit.ort import lowering
@@ -34,18 +34,6 @@ class Net(nn.Module):
         return self.leave(nn.functional.gelu(self.norm(self.enter(x)))).softmax(-1)
 
 
-DYNAMIC = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-
-
-def compiled(model: nn.Module, *inputs: Any, **options: Any) -> Any:
-    options = {"measure": False, "strict": True, **options}
-    return graphopt.compile(model.eval(), example_inputs=inputs, target="onnxruntime", **options)
-
-
-def regions(module: nn.Module) -> list[OrtRegion]:
-    return [m for m in module.modules() if isinstance(m, OrtRegion)]
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[OrtRegion]:
     """The regions that ran in ONNX Runtime, in order."""
@@ -63,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[OrtRegion]:
 def test_a_whole_model_is_one_region_at_any_size(calls: list[OrtRegion]) -> None:
     model = Net()
     fast = compiled(model, torch.randn(2, 4, 8), dynamic_shapes=DYNAMIC)
-    assert len(regions(fast)) == 1
+    assert len(in_regions(fast)) == 1
     for shape in ((2, 4, 8), (5, 3, 8), (1, 1, 8)):
         x = torch.randn(shape)
         calls.clear()
@@ -138,7 +126,7 @@ def test_a_session_reads_the_memory_of_torch_itself() -> None:
     """Seen by a write that the module would refuse: what ONNX Runtime computes follows it."""
     model, x = Net(), torch.randn(2, 4, 8)
     fast = compiled(model, x, passes=[])
-    (region,) = regions(fast)
+    (region,) = in_regions(fast)
     values = [*fast._arguments([x])]
     given = [values[fast._graph.targets.index(name)] for _, name in region.layout.weights]
     (before,) = region._run([x, *given])
@@ -175,8 +163,8 @@ def test_a_deep_copy_is_independent() -> None:
     model, x = Net(), torch.randn(2, 4, 8)
     fast = compiled(model, x, passes=[])
     wanted, twin = fast(x), copy.deepcopy(fast)
-    (own,) = regions(twin)
-    assert own.session is not regions(fast)[0].session
+    (own,) = in_regions(twin)
+    assert own.session is not in_regions(fast)[0].session
     weight = twin.get_parameter("enter.weight")
     assert any(w.data_ptr() == weight.data_ptr() for w in own.model.weights.values())
     with torch.no_grad():
@@ -233,7 +221,7 @@ def test_wrong_results_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Net(), torch.randn(2, 4, 8)
     fast = compiled(model, x, strict=False)
     assert any("is wrong" in n and "torch target was kept" in n for n in fast.report.notes)
-    assert not regions(fast)
+    assert not in_regions(fast)
     torch.testing.assert_close(fast(x), model(x))
     with pytest.raises(VerificationError, match="in ONNX Runtime is wrong"):
         compiled(model, x)
@@ -265,7 +253,7 @@ def test_failing_sessions_are_put_back(monkeypatch: pytest.MonkeyPatch, always: 
     fast = compiled(model, x, strict=False, dynamic_shapes=DYNAMIC)
     told = [p.reason for p in fast.report.partition.torch] if always else fast.report.notes
     assert any("no such luck" in text for text in told)
-    assert not regions(fast)
+    assert not in_regions(fast)
     torch.testing.assert_close(fast(x), model(x))
 
 
@@ -291,7 +279,7 @@ def test_a_region_that_is_not_faster_stays_in_torch(
 ) -> None:
     timed(monkeypatch, 1.0, shared, shared)
     fast = compiled(Net(), torch.randn(2, 4, 8), measure=True)
-    assert not regions(fast)
+    assert not in_regions(fast)
     (part,) = fast.report.partition.torch
     assert "not faster in ONNX Runtime" in part.reason and part.operators["aten.linear"] == 2
 
@@ -303,6 +291,6 @@ def test_copies_of_weights_must_be_worth_their_memory(
     model, x = Net(), torch.randn(2, 4, 8)
     timed(monkeypatch, 2.0, 0.9, packed)
     fast = compiled(model, x, measure=True)
-    assert regions(fast)[0].settings.packed is taken
+    assert in_regions(fast)[0].settings.packed is taken
     assert (fast.report.partition.regions[0].own_bytes > 320) is taken
     torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)

@@ -10,7 +10,8 @@ from graphopt.onnx_files.numbers import axes, constant, entries, is_standard, nu
 
 TOKENS, HEADS = "BSHD", "BHSD"
 """Batch, tokens, heads, head's elements: with tokens or with heads in front of the other."""
-_SWAPPED = (0, 2, 1, 3)
+SWAPPED = (0, 2, 1, 3)
+"""The transposition from either to the other."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def scaled(value: Any) -> tuple[Any, float]:
     while is_standard(node := value.producer(), "Mul", "Div"):
         found = [number(v) for v in node.inputs]
         if found[1] is not None and found[0] is None:
-            factor, value = _times(factor, found[1], node.op_type), node.inputs[0]
+            factor, value = times(factor, found[1], node.op_type), node.inputs[0]
         elif found[0] is not None and found[1] is None and node.op_type == "Mul":
             factor, value = factor * found[0], node.inputs[1]
         else:
@@ -83,7 +84,8 @@ def scaled(value: Any) -> tuple[Any, float]:
     return value, factor
 
 
-def _times(factor: float, other: float, kind: str) -> float:
+def times(factor: float, other: float, kind: str) -> float:
+    """A factor after ``Mul`` or ``Div`` by another; NaN after division by zero."""
     if kind == "Mul":
         return factor * other
     return factor / other if other else float("nan")
@@ -122,7 +124,7 @@ def _flattened(value: Any) -> Any | None:
     if not is_standard(first, "Reshape"):
         return None
     whole = first.inputs[0]
-    if perm_of(whole) != _SWAPPED and (whole.shape is None or len(whole.shape) != 4):
+    if perm_of(whole) != SWAPPED and (whole.shape is None or len(whole.shape) != 4):
         return None
     b, h, s, d = (size(whole, axis) for axis in range(4))
     joined, apart = entries(first.inputs[1]), entries(last.inputs[1])
@@ -134,7 +136,7 @@ def _placed(operand: Operand) -> Operand:
     """Tokens before heads, where the value was that and was transposed."""
     if operand.order != HEADS:
         return operand
-    if perm_of(operand.value) == _SWAPPED:
+    if perm_of(operand.value) == SWAPPED:
         plain, factor = scaled(source(operand.value))
         return replace(operand, value=plain, order=TOKENS, factor=operand.factor * factor)
     return _selected(operand) or operand

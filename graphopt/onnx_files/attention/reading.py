@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.onnx_files.attention.heads import Operand, key_of, perm_of, query_of, value_of
+from graphopt.onnx_files.attention.heads import Operand, key_of, perm_of, query_of, times, value_of
 from graphopt.onnx_files.numbers import is_standard, number, uniform
 from graphopt.onnx_files.random_nodes import is_random
 
@@ -247,7 +247,7 @@ def _step(node: Any, found: _Scores) -> Any:
         factor = number(other)
         if factor is None or (node.op_type == "Div" and ways[0] == 1):
             return Missed("its scores are multiplied by more than one number", node)
-        found.scale *= factor if node.op_type == "Mul" else (1 / factor if factor else math.nan)
+        found.scale = times(found.scale, factor, node.op_type)
         return node.inputs[ways[0]]
     if found.scale != 1:
         return Missed("what is added to its scores is scaled with them", node)

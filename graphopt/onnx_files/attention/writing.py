@@ -9,13 +9,12 @@ import torch
 
 from graphopt.emit.onnx_quantized.emitter import MICROSOFT, Emitter
 from graphopt.emit.onnx_tensors import tensors_equal
-from graphopt.onnx_files.attention.heads import HEADS, TOKENS, Operand, perm_of
+from graphopt.onnx_files.attention.heads import HEADS, SWAPPED, TOKENS, Operand, perm_of
 from graphopt.onnx_files.attention.reading import Found, Mask
 from graphopt.onnx_files.numbers import constant, is_standard, number, size
 
 STANDARD_FROM = 23
 """The operator set from which on ONNX has ``Attention``, which ONNX Runtime runs faster."""
-_SWAPPED = [0, 2, 1, 3]
 
 
 class Writer:
@@ -95,12 +94,12 @@ class Writer:
             return self.emit("Gather", operand.value, index, axis=2)
         if operand.order == TOKENS:
             return operand.value
-        return self.emit("Transpose", operand.value, perm=_SWAPPED)
+        return self.emit("Transpose", operand.value, perm=SWAPPED)
 
     def _with_heads_first(self, operand: Operand) -> Any:
         if operand.order == HEADS:
             return operand.value
-        return self.emit("Transpose", self._with_tokens_first(operand), perm=_SWAPPED)
+        return self.emit("Transpose", self._with_tokens_first(operand), perm=SWAPPED)
 
     def _total(self, masks: Sequence[Mask]) -> Any:
         """All masks as one that is added to the scores."""
@@ -155,7 +154,7 @@ class Writer:
             four = total if ranked else self.emit("Expand", total, self.emit.numbers(1, 1, 1, 1))
             low = self.emit.number("lowest", -torch.inf)
             hidden = self.emit("Equal", self._greatest(four), low)
-            self.made[key] = self.emit("Transpose", hidden, perm=_SWAPPED) if turned else hidden
+            self.made[key] = self.emit("Transpose", hidden, perm=SWAPPED) if turned else hidden
         return self.made[key]
 
     def _greatest(self, value: Any) -> Any:
@@ -170,11 +169,11 @@ class Writer:
         out.type = old.type
         for reader in [use.node for use in old.uses()] if turned else []:
             swapped = reader.outputs[0]
-            if perm_of(swapped) == tuple(_SWAPPED) and not swapped.is_graph_output():
+            if perm_of(swapped) == SWAPPED and not swapped.is_graph_output():
                 out.shape = out.shape or swapped.shape
                 swapped.replace_all_uses_with(out)
         if any(u.node.outputs[0].uses() for u in old.uses()) or old.is_graph_output():
-            self._replace(old, self.emit("Transpose", out, perm=_SWAPPED) if turned else out)
+            self._replace(old, self.emit("Transpose", out, perm=SWAPPED) if turned else out)
         nodes = self.emit.nodes
         self._register()
         product.graph.insert_before(product, nodes)
